@@ -1,0 +1,157 @@
+"""The detector that everything uses: evaluation, calibration, the camera app and the gate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .boxes import nms_per_class
+from .detections import Detections, FloatArray
+from .errors import ModelFileError
+from .heads import HEADS
+from .preprocess import Image, Placement, prepare
+from .recognise import read_spec
+from .spec import ModelSpec
+
+SCORE_MIN_EVAL = 0.05
+"""Floor for accuracy: what COCO's protocol needs, and no more (lower only slows NMS)."""
+
+
+class OnnxDetector:
+    """A detector in ONNX Runtime on the CPU.
+
+    Calling it walks the whole image road; the three stages can be called one by one to time them.
+
+    Args:
+        path: The ONNX file.
+        head: Only for foreign files whose head cannot be recognised: a key of ``heads.HEADS``.
+        threads: Threads within one operator.
+        spinning: Whether idle threads burn their core waiting for the next frame. Off by default:
+            on a board with a camera they would burn it between frames.
+        optimized_path: Where to save ONNX Runtime's optimised graph, to be looked at.
+
+    Raises:
+        ModelFileError: The file is missing, not ONNX, damaged, or fits no head.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        head: str | None = None,
+        threads: int = 1,
+        spinning: bool = False,
+        optimized_path: Path | None = None,
+    ) -> None:
+        """Loads the model and runs it once."""
+        self.path = Path(path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = max(1, threads)
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        if optimized_path is not None:
+            options.optimized_model_filepath = os.fspath(optimized_path)
+        self.session = open_session(self.path, options)
+        inputs = {i.name: _shape(i.shape) for i in self.session.get_inputs()}
+        outputs = {o.name: _shape(o.shape) for o in self.session.get_outputs()}
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        try:
+            self.spec: ModelSpec = read_spec(inputs, outputs, metadata, head)
+        except ModelFileError as error:
+            message = f"{self.path}: {error}"
+            raise ModelFileError(message) from None
+        self._input_name = next(iter(inputs))
+        self._check_input(inputs[self._input_name], self.session.get_inputs()[0].type)
+        # The first run allocates and, on some boards, compiles: nobody should time it.
+        try:
+            self(np.zeros((*self.spec.input_hw, 3), np.uint8))
+        except Exception as error:
+            message = f"{self.path}: expected a model that runs, found: {_one_line(error)}"
+            raise ModelFileError(message) from error
+
+    def preprocess(self, image: Image) -> tuple[npt.NDArray[Any], Placement]:
+        """Returns the network's input for a BGR picture, and where the picture lies in it."""
+        return prepare(image, self.spec)
+
+    def infer(self, tensor: npt.NDArray[Any]) -> list[FloatArray]:
+        """Runs the network on one prepared picture and returns its raw outputs."""
+        outputs: list[FloatArray] = self.session.run(None, {self._input_name: tensor})
+        return outputs
+
+    def postprocess(
+        self,
+        outputs: Sequence[FloatArray],
+        placement: Placement,
+        score_min: float = SCORE_MIN_EVAL,
+        limit: int = 100,
+    ) -> Detections:
+        """Returns at most ``limit`` detections in source pixels, best first."""
+        return decode(outputs, self.spec, placement, score_min, limit)
+
+    def __call__(
+        self, image: Image, score_min: float = SCORE_MIN_EVAL, limit: int = 100
+    ) -> Detections:
+        """Detects in one BGR picture, uint8 ``(height, width, 3)``."""
+        tensor, placement = self.preprocess(image)
+        return self.postprocess(self.infer(tensor), placement, score_min, limit)
+
+    def _check_input(self, shape: tuple[int, ...], kind: str) -> None:
+        height, width = self.spec.input_hw
+        wanted = {
+            "float_nchw": ((1, 3, height, width), "tensor(float)"),
+            "uint8_nhwc": ((1, height, width, 3), "tensor(uint8)"),
+        }[self.spec.input_format]
+        fits = len(shape) == 4 and all(s in (0, w) for s, w in zip(shape, wanted[0], strict=True))
+        if not fits or kind != wanted[1]:
+            message = (
+                f"{self.path}: expected input {list(wanted[0])} {wanted[1]}, "
+                f"found {list(shape)} {kind}; export the model again"
+            )
+            raise ModelFileError(message)
+
+
+def decode(
+    outputs: Sequence[FloatArray],
+    spec: ModelSpec,
+    placement: Placement,
+    score_min: float = SCORE_MIN_EVAL,
+    limit: int = 100,
+) -> Detections:
+    """Returns detections from raw outputs: head decoder, NMS per class, back to source pixels."""
+    xyxy, score, label = HEADS[spec.head].decode(outputs, spec, score_min)
+    finite = np.isfinite(xyxy).all(axis=1)  # a diverged network must not stop the loop
+    if not finite.all():
+        xyxy, score, label = xyxy[finite], score[finite], label[finite]
+    kept = nms_per_class(xyxy, score, label, spec.nms_iou, limit)
+    return Detections(placement.to_source(xyxy[kept]), score[kept], label[kept])
+
+
+def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Opens an ONNX file, or raises ``ModelFileError`` with one clear line."""
+    if not path.is_file():
+        message = f"{path}: expected an ONNX model, found no such file"
+        raise ModelFileError(message)
+    try:
+        return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises many kinds; each means the file is unusable
+        size = path.stat().st_size
+        message = (
+            f"{path}: expected an ONNX model, found {size} bytes that ONNX Runtime cannot load "
+            f"({_one_line(error)}); copy or export it again"
+        )
+        raise ModelFileError(message) from error
+
+
+def _shape(shape: Sequence[int | str | None]) -> tuple[int, ...]:
+    return tuple(s if isinstance(s, int) else 0 for s in shape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,151 @@
+"""Which head a model file has: from its spec, or from its output shapes where that is safe."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+
+from .coco import COCO_CLASSES
+from .errors import ModelFileError
+from .heads import HEADS, grid_hw, ssdlite_anchors
+from .spec import METADATA_KEY, ModelSpec
+
+Shape = tuple[int, ...]
+BINS = 4 * 8  # four sides of reg_max 7 + 1, which all published NanoDets have
+
+
+def read_spec(
+    inputs: Mapping[str, Shape],
+    outputs: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    head: str | None = None,
+) -> ModelSpec:
+    """Returns the spec of a model: the stored one, else one recognised from its shapes.
+
+    Args:
+        inputs: Name to shape of the graph's inputs; unknown sizes are 0.
+        outputs: The same of its outputs.
+        metadata: The file's metadata.
+        head: What the user says it is; needed where shapes do not tell.
+
+    Raises:
+        ModelFileError: The spec is damaged, or no head fits, or several do.
+    """
+    if head is not None and head not in HEADS:
+        message = f"--head: expected one of {', '.join(HEADS)}, found {head!r}"
+        raise ModelFileError(message)
+    if METADATA_KEY in metadata and head is None:
+        spec = ModelSpec.from_json(metadata[METADATA_KEY])
+        if spec.head not in HEADS:
+            message = f"model spec: expected a head of {', '.join(HEADS)}, found {spec.head!r}"
+            raise ModelFileError(message)
+        check_shapes(spec, outputs)
+        return spec
+    input_hw = _input_hw(inputs)
+    fits = {
+        name: classes
+        for name in HEADS
+        if (classes := class_count(name, input_hw, list(outputs.values()))) is not None
+    }
+    chosen = head if head is not None else next(iter(fits), None)
+    found = ", ".join(f"{n} {list(s)}" for n, s in outputs.items())
+    if chosen is None or chosen not in fits or (head is None and len(fits) > 1):
+        wanted = f"the outputs of a {head} head" if head else "the raw outputs of a known head"
+        message = (
+            f"expected {wanted} for a {input_hw[1]}x{input_hw[0]} input, found {found}; "
+            f"export the model without its decoding and NMS, or name its head: "
+            f"--head {'|'.join(HEADS)}"
+        )
+        raise ModelFileError(message)
+    known = HEADS[chosen]
+    return ModelSpec(
+        head=chosen,
+        input_hw=input_hw,
+        classes=_class_names(fits[chosen], metadata, background=chosen == "ssdlite"),
+        color=known.color,
+        mean=known.mean,
+        std=known.std,
+        resize=known.resize,
+        strides=known.strides,
+        nms_iou=known.nms_iou,
+    )
+
+
+def check_shapes(spec: ModelSpec, outputs: Mapping[str, Shape]) -> None:
+    """Raises ``ModelFileError`` if the outputs cannot be those of the spec's head."""
+    found = class_count(
+        spec.head, spec.input_hw, list(outputs.values()), spec.strides, spec.reg_max
+    )
+    if found != len(spec.classes):
+        shapes = ", ".join(f"{n} {list(s)}" for n, s in outputs.items())
+        message = (
+            f"expected the outputs of a {spec.head} head with {len(spec.classes)} classes for a "
+            f"{spec.input_hw[1]}x{spec.input_hw[0]} input, found {shapes}; the spec in the file "
+            "does not belong to its network: export it again"
+        )
+        raise ModelFileError(message)
+
+
+def class_count(
+    head: str,
+    input_hw: tuple[int, int],
+    shapes: Sequence[Shape],
+    strides: tuple[int, ...] | None = None,
+    reg_max: int = 7,
+) -> int | None:
+    """Returns how many classes a head of this kind has with these outputs; None if none fits."""
+    per_level = [r * c for r, c in (grid_hw(input_hw, s) for s in strides or HEADS[head].strides)]
+    n, bins = sum(per_level), 4 * (reg_max + 1)
+    classes = 0
+    if head == "nanodet":
+        widths = {s[2] for s in shapes if len(s) == 3} - {bins}
+        if len(widths) == 1:
+            classes = widths.pop()
+            wanted = sorted([(1, c, w) for c in per_level for w in (classes, bins)])
+            classes = classes if sorted(shapes) == wanted else 0
+    elif head == "ssdlite":
+        n = len(ssdlite_anchors(input_hw))
+        by_width = sorted(shapes, key=lambda s: -s[-1] if s else 0)
+        if len(shapes) == 2 and by_width[0][:2] == (1, n) and by_width[1] == (1, n, 4):
+            classes = by_width[0][2] - 1
+    elif len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][0] == 1:
+        rows, width = shapes[0][1:]
+        if head == "yolov8":
+            classes = rows - 4 if width == n else 0
+        elif rows == n:
+            classes = width - (5 if head == "yolox" else bins)
+    return classes if classes > 0 else None
+
+
+def _input_hw(inputs: Mapping[str, Shape]) -> tuple[int, int]:
+    shapes = list(inputs.values())
+    if len(shapes) == 1 and len(shapes[0]) == 4:
+        batch, channels, height, width = shapes[0]
+        if batch in (0, 1) and channels == 3 and height > 0 and width > 0:
+            return height, width
+    found = ", ".join(f"{n} {list(s)}" for n, s in inputs.items())
+    message = (
+        f"expected one input [1, 3, height, width] of fixed size, found {found}; "
+        "export the model with a fixed input size"
+    )
+    raise ModelFileError(message)
+
+
+def _class_names(count: int, metadata: Mapping[str, str], background: bool) -> tuple[str, ...]:
+    """Returns names from the ``names`` metadata that many exporters write, COCO's, or numbers."""
+    try:
+        names = ast.literal_eval(metadata.get("names", ""))
+        if isinstance(names, dict):
+            names = [names[i] for i in range(len(names))]
+        if isinstance(names, list) and len(names) == count:
+            return tuple(str(name) for name in names)
+    except (ValueError, SyntaxError, KeyError, MemoryError, RecursionError):
+        pass
+    if count == len(COCO_CLASSES):
+        return COCO_CLASSES
+    if background and count == 90:  # torchvision numbers COCO's classes with COCO's category ids
+        from .coco import COCO_CATEGORY_IDS
+
+        by_id = dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True))
+        return tuple(by_id.get(i, f"unused {i}") for i in range(1, 91))
+    return tuple(f"class {i}" for i in range(count))
