@@ -1,0 +1,118 @@
+"""Refitting what is left after a cut, layer by layer, without labels and without gradients.
+
+Each convolution that lost inputs is fitted anew, in the least-squares sense, to give what the
+uncut one gave, from the inputs that the cut network really has at that point (He, Zhang & Sun,
+arXiv 1707.06168, section 3.1). Done in order of execution, later layers also mend what earlier
+ones could not. Both networks are walked side by side, operator by operator, with all photos at
+once, so that the whole costs one forward pass of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from .importance import unfold
+
+
+@torch.no_grad()
+def refit(
+    net: nn.Module,
+    dense: nn.Module,
+    rows_kept: dict[str, Tensor],
+    batches: Sequence[Tensor],
+    ridge: float = 1e-2,
+    samples_max: int = 1500,
+    progress: bool = True,
+) -> None:
+    """Refits all dense convolutions of a cut network to the uncut one's outputs, in place.
+
+    Args:
+        net: The cut network, eval mode, normalisation folded.
+        dense: The uncut one.
+        rows_kept: Conv name -> int64 indices of the output channels that are left.
+        batches: Normalised float32 ``(b, 3, h, w)`` photos.
+        ridge: Pull towards the weights as they are, relative to each input's energy.
+        samples_max: Positions per batch and layer.
+        progress: Show a bar on stderr.
+    """
+    ours = _Walk(fx.symbolic_trace(net), batches)
+    theirs = _Walk(fx.symbolic_trace(dense), batches)
+    modules = dict(net.named_modules())
+    pairs = list(zip(ours.nodes, theirs.nodes, strict=True))
+    for node, other in tqdm(pairs, desc="refit", unit="op", disable=not progress):
+        theirs.step(other)
+        name = str(node.target)
+        conv = modules.get(name) if node.op == "call_module" else None
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1:
+            rows = rows_kept.get(name)
+            _fit_layer(conv, ours.inputs(node), theirs.values[other], rows, ridge, samples_max)
+        ours.step(node)
+
+
+class _Walk:
+    """Runs a traced network one operator at a time on several batches."""
+
+    def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+        self.nodes = [n for n in graph.graph.nodes if n.op != "output"]
+        self.values: dict[fx.Node, list[Any]] = {}
+        self.batches = list(batches)
+        self.interpreter = fx.Interpreter(graph)
+        last: dict[fx.Node, fx.Node] = {}
+        for node in graph.graph.nodes:
+            for used in node.all_input_nodes:
+                last[used] = node
+        self.dead: dict[fx.Node, list[fx.Node]] = {}
+        for used, user in last.items():
+            self.dead.setdefault(user, []).append(used)
+
+    def inputs(self, node: fx.Node) -> list[Tensor]:
+        return self.values[node.all_input_nodes[0]]
+
+    def step(self, node: fx.Node) -> None:
+        results = []
+        for k, batch in enumerate(self.batches):
+            if node.op == "placeholder":
+                results.append(batch)
+                continue
+            known = {used: self.values[used][k] for used in node.all_input_nodes}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            results.append(getattr(self.interpreter, node.op)(node.target, args, kwargs))
+        self.values[node] = results
+        for used in self.dead.get(node, []):
+            self.values.pop(used, None)
+
+
+def _fit_layer(
+    conv: nn.Conv2d,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    rows: Tensor | None,
+    ridge: float,
+    samples_max: int,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = conv.weight[0].numel() + 1
+    gram = torch.zeros(width, width, dtype=torch.double)
+    cross = torch.zeros(width, conv.out_channels, dtype=torch.double)
+    for x, y in zip(inputs, targets, strict=True):
+        columns = unfold(x, conv)
+        target = (y if rows is None else y[:, rows]).permute(0, 2, 3, 1).flatten(0, 2)
+        pick = torch.randperm(len(columns), generator=generator)[:samples_max]
+        columns = torch.cat([columns[pick], torch.ones(len(pick), 1)], 1)
+        gram += (columns.T @ columns).double()
+        cross += (columns.T @ target[pick]).double()
+    bias = conv.bias if conv.bias is not None else torch.zeros(conv.out_channels)
+    old = torch.cat([conv.weight.flatten(1), bias[:, None]], 1).T.double()
+    # Each input is damped in its own units, so that loud channels do not hide quiet ones.
+    energy = gram.diagonal()
+    damping = torch.diag(ridge * energy + 1e-8 * energy.mean() + 1e-12)
+    new = torch.linalg.solve(gram + damping, cross + damping @ old).T
+    conv.weight.copy_(new[:, :-1].reshape(conv.weight.shape))
+    if conv.bias is None:
+        conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
+    conv.bias.copy_(new[:, -1])
