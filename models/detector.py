@@ -20,7 +20,7 @@ from .recognise import read_spec
 from .spec import ModelSpec
 
 SCORE_MIN_EVAL = 0.05
-"""Floor for accuracy: what COCO's protocol needs, and no more (lower only slows NMS)."""
+"""Floor for accuracy on a live picture; `evaluate.SCORE_MIN_AP` is the one for published AP."""
 
 
 class OnnxDetector:
@@ -126,7 +126,8 @@ def decode(
 ) -> Detections:
     """Returns detections from raw outputs: head decoder, NMS per class, back to source pixels."""
     xyxy, score, label = HEADS[spec.head].decode(outputs, spec, score_min)
-    finite = np.isfinite(xyxy).all(axis=1)  # a diverged network must not stop the loop
+    # A diverged network must not stop the loop.
+    finite = np.isfinite(xyxy).all(axis=1) & np.isfinite(score)
     if not finite.all():
         xyxy, score, label = xyxy[finite], score[finite], label[finite]
     kept = nms_per_class(xyxy, score, label, spec.nms_iou, limit)

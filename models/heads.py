@@ -143,6 +143,9 @@ def _decode_distribution(
 def _best_pairs(score: FloatArray, score_min: float) -> tuple[IntArray, IntArray, FloatArray]:
     """Returns row, column and value of the entries >= ``score_min``; the best if there are many."""
     flat = score.ravel()
+    # Raise the floor as long as enough is left above it: sorting out the best is what costs.
+    while 0 < score_min < 1 and np.count_nonzero(flat >= 4 * score_min) >= CANDIDATES_MAX:
+        score_min *= 4
     hits = np.flatnonzero(flat >= score_min)
     value = flat[hits]
     if len(hits) > CANDIDATES_MAX:

@@ -81,13 +81,15 @@ def fit(image: Image, spec: ModelSpec) -> tuple[Image, Placement]:
 
 def normalise(fitted: Image, spec: ModelSpec) -> FloatArray:
     """Returns a fitted picture as float32 ``(1, 3, h, w)`` in the network's colours and scale."""
-    planes = fitted[:, :, ::-1] if spec.color == "rgb" else fitted
-    values = planes.astype(np.float32)
-    if any(spec.mean):
-        values -= np.array(spec.mean, np.float32)
-    if spec.std != (1.0, 1.0, 1.0):
-        values /= np.array(spec.std, np.float32)
-    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+    planes = cv2.split(fitted)
+    if spec.color == "rgb":
+        planes = planes[::-1]
+    values = np.empty((1, 3, *fitted.shape[:2]), np.float32)
+    for out, plane, mean, std in zip(values[0], planes, spec.mean, spec.std, strict=True):
+        np.subtract(plane, np.float32(mean), out=out, dtype=np.float32)
+        if std != 1.0:
+            out /= np.float32(std)
+    return values
 
 
 def prepare(image: Image, spec: ModelSpec) -> tuple[npt.NDArray[Any], Placement]:
