@@ -1,0 +1,1 @@
+"""The live camera app: camera -> newest frame -> detector -> screen. No torch."""

@@ -1,0 +1,383 @@
+"""``edgesight run``: a detector live on a camera, a video, photos or the samples."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import getpass
+import json
+import os
+import signal
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+from ..models.errors import EdgeSightError, OutputError
+
+if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
+    from .loop import Loop
+    from .sinks import Sink
+    from .sources import Source
+    from .web.server import Server
+
+T = TypeVar("T")
+PORT_DEFAULT = 8765
+PORTS_TRIED = 20
+THREADS_MAX = 4
+SWITCH_INTERVAL_S = 0.0005
+"""Python hands its lock on after this; the usual 5 ms would make the network's thread wait."""
+
+DESCRIPTION = (
+    "Runs a detector live and shows its boxes, speed and accuracy on a web page.\n"
+    "Ctrl-C (or SIGTERM) ends it at once, finishes its files and prints a summary; exit code 0."
+)
+EXAMPLE = "edgesight run --source 0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``run``."""
+    add = parser.add_argument
+    add("--model", type=Path, metavar="FILE", help="ONNX detector (default: the shipped one)")
+    add(
+        "--source",
+        default="samples",
+        metavar="WHAT",
+        help="'samples', a camera number, a video or photo, a folder of photos (with COCO boxes in "
+        "instances.json or without), a COCO JSON file, or a stream address rtsp://, http:// "
+        "(default: samples)",
+    )
+    add("--display", choices=("web", "none"), default="web", help="live web page, or nothing")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address that the page listens on (default: %(default)s)",
+    )
+    add(
+        "--port",
+        type=whole_number(0, 65535),
+        help=f"port of the page (default: {PORT_DEFAULT}, or the next free one)",
+    )
+    add("--no-browser", action="store_true", help="do not open the page in a browser")
+    add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
+    add(
+        "--score",
+        type=_number(float, 0.05, 1.0),
+        default=0.35,
+        help="score from which a box counts: shown, written, judged (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=whole_number(1, 256),
+        help="threads of the network (default: the cores less one, at most 4)",
+    )
+    add(
+        "--reference",
+        metavar="FILE|none",
+        help="model to compare with (default: the source's own boxes where it has some, else the "
+        "shipped float detector)",
+    )
+    add(
+        "--accuracy-budget",
+        type=_number(float, 0.1, 100.0),
+        default=5.0,
+        metavar="PERCENT",
+        help="share of one core that the reference may take (default: %(default)s)",
+    )
+    add(
+        "--speed",
+        choices=("recorded", "max"),
+        help="files at recorded speed (drops frames that come too fast, as a camera does) or as "
+        "fast as the network can, every frame (default: recorded, with --display none: max)",
+    )
+    add("--loop", action="store_true", help="start files again at their end")
+    add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
+    add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
+    add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
+    add("--json", action="store_true", help="end with one JSON object as the last line")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs until the source ends, ``--frames`` are done, or the user stops it.
+
+    Returns:
+        0, also when the user stopped it: that is how a live run ends.
+
+    Raises:
+        EdgeSightError: Something that the user gave is wrong, or was lost.
+    """
+    out = sys.stderr if args.json else sys.stdout
+    with _signals_restored():
+        try:
+            return _run(args, lambda text: print(text, file=out, flush=True))
+        finally:
+            _leave_stuck_threads()
+
+
+def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    max_speed = (args.speed or ("max" if args.display == "none" else "recorded")) == "max"
+
+    def open_it() -> Source:
+        from .sources import open_source
+
+        return open_source(args.source, max_speed=max_speed, loop=args.loop)
+
+    # Beside the model: a stream takes its time, and must not hold up Ctrl-C meanwhile.
+    opening = _InThread(open_it, "edgesight-open")
+    from ..models.detector import OnnxDetector
+    from ..models.zoo import shipped
+
+    threads = args.threads or default_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: opening.value.close() if opening.value is not None else None)
+        detector = OnnxDetector(args.model or shipped(), head=args.head, threads=threads)
+        from .accuracy import open_accuracy
+        from .live import Controls, LiveView
+        from .loop import Loop
+
+        source = opening.result()
+        live = LiveView(Controls(score_min=args.score))
+        if args.display == "web":
+            server = open_server(live, args.host, args.port)
+            stack.callback(server.stop)
+            announce(server.url, args.host, say)
+            if not args.no_browser and has_desktop():
+                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        accuracy = open_accuracy(
+            detector,
+            source.classes,
+            source.name,
+            reference=args.reference,
+            score=args.score,
+            budget_percent=args.accuracy_budget,
+        )
+        stack.callback(accuracy.close)
+        loop = Loop(
+            source,
+            detector,
+            score=args.score,
+            live=live,
+            display=args.display == "web",
+            accuracy=accuracy,
+            sinks=open_sinks(args, source, detector.spec.classes),
+            frames=args.frames,
+            lossless=max_speed and not source.live,
+        )
+        from .summary import summary, table
+
+        try:
+            interrupted = _until_the_end(loop, source, say)
+        except EdgeSightError:  # what was seen until then is worth telling all the same
+            if loop.stats.inference.n:
+                say(table(summary(loop, threads=threads, interrupted=False)))
+            raise
+    found = summary(loop, threads=threads, interrupted=interrupted)
+    say(table(found))
+    if args.json:
+        print(json.dumps(found), flush=True)
+    return 0
+
+
+def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bool:
+    """Runs the loop; returns whether the user ended it."""
+    interrupted = False
+    _on_signal(signal.SIGTERM, _interrupt)
+    loop.start()
+    try:
+        _watch(loop, say)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        # A second Ctrl-C must not cut off the end of a video; all of this takes a second at most.
+        _on_signal(signal.SIGINT, signal.SIG_IGN)
+        loop.stop_unless_done()
+        source.close()
+        loop.finish()
+    return interrupted
+
+
+def _watch(loop: Loop, say: Callable[[str], None]) -> None:
+    """Waits for the end, telling how it goes: a line that renews itself, and what happens."""
+    tty = sys.stderr.isatty()
+    state = "running"
+    while not loop.wait(1.0):
+        figures = loop.live.figures()
+        before, state = state, figures["source_state"]
+        if state != before:
+            say(f"{figures['source']}: {state}")
+        if tty:
+            seen = ", ".join(f"{n} {name}" for name, n in sorted(figures["detections"].items()))
+            line = (
+                f"{figures['frames']} frames, {figures['inference_fps']:.1f}/s, "
+                f"{figures['dropped']} dropped: {seen or 'nothing'}"
+            )
+            print(f"\r\x1b[K{line[:110]}", end="", file=sys.stderr, flush=True)
+    if tty:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def open_sinks(args: argparse.Namespace, source: Source, classes: tuple[str, ...]) -> list[Sink]:
+    """Returns the files that the user asked for.
+
+    Raises:
+        OutputError: One of them cannot be created.
+    """
+    from .sinks import JsonlSink, VideoSink
+
+    sinks: list[Sink] = []
+    if args.jsonl is not None:
+        sinks.append(JsonlSink(args.jsonl, classes))
+    if args.video is not None:
+        try:
+            sinks.append(VideoSink(args.video, source.fps, live=source.live))
+        except OutputError:
+            for sink in sinks:
+                sink.discard()
+            raise
+    return sinks
+
+
+def open_server(live: Any, host: str, port: int | None) -> Server:
+    """Starts the web page on the port that the user chose, else on the first free one.
+
+    Raises:
+        OutputError: The chosen port is in use, or all that were tried.
+    """
+    from .web.server import start_server
+
+    if port is not None:
+        return start_server(live, host, port)
+    for candidate in range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED):
+        with contextlib.suppress(OutputError):
+            return start_server(live, host, candidate)
+    return start_server(live, host, 0)
+
+
+def announce(url: str, host: str, say: Callable[[str], None]) -> None:
+    """Prints where the page is, and over SSH how to reach it."""
+    say(f"live page: {url}   (Ctrl-C ends)")
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    port = url.rstrip("/").rpartition(":")[2]
+    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    if not loopback:
+        address = connection[2] if len(connection) == 4 else "THIS-MACHINE"
+        say(f"  from other machines: http://{address}:{port}/ (anybody who reaches it can look)")
+    elif len(connection) == 4:
+        ssh_port = "" if connection[3] == "22" else f" -p {connection[3]}"
+        say(
+            "  you are here over SSH: on your own machine run\n"
+            f"    ssh{ssh_port} -N -L {port}:127.0.0.1:{port} {_user()}@{connection[2]}\n"
+            f"  and open http://127.0.0.1:{port}/ there"
+        )
+
+
+def has_desktop() -> bool:
+    """Returns whether a browser window would appear in front of the user."""
+    if any(os.environ.get(key) for key in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")):
+        return False
+    if sys.platform in ("darwin", "win32"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def default_threads() -> int:
+    """Returns the cores that this process may use less one for the rest of the loop, at most 4."""
+    cores = os.cpu_count() or 1
+    if sys.platform.startswith("linux"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(THREADS_MAX, cores - 1))
+
+
+class _InThread(Generic[T]):
+    """Calls a function in a thread that may be left behind, and gives its result or error."""
+
+    def __init__(self, function: Callable[[], T], name: str) -> None:
+        self.value: T | None = None
+        self._error: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._call, name=name, daemon=True)
+        self._thread.start()
+
+    def _call(self) -> None:
+        try:
+            self.value = self._function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> T:
+        while self._thread.is_alive():
+            self._thread.join(0.1)  # in small pieces: Ctrl-C gets through on every system
+        if self._error is not None:
+            raise self._error
+        assert self.value is not None
+        return self.value
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _on_signal(number: signal.Signals, handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            _on_signal(number, handler)
+
+
+def _leave_stuck_threads() -> None:
+    """Makes the process end although a thread of ours hangs in a driver.
+
+    Python would go on to take the runtime apart under that thread's feet, which crashes.
+    """
+    error = sys.exc_info()[0]
+    code = 0 if error is None else 130 if error is KeyboardInterrupt else 2
+    ours = [t for t in threading.enumerate() if t.name.startswith("edgesight-")]
+    for thread in ours:
+        thread.join(0.1)
+    if not any(thread.is_alive() for thread in ours):
+        return
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)
+
+
+def whole_number(low: int, high: int) -> Callable[[str], Any]:
+    """Returns an argparse type: a whole number from ``low`` to ``high``."""
+    return _number(int, low, high)
+
+
+def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            message = f"expected a number from {low:g} to {high:g}, found {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "USER"

@@ -1,0 +1,25 @@
+"""One picture on its way from the source to the screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..models.dataset import GroundTruth
+from ..models.preprocess import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A picture and when it was taken.
+
+    Attributes:
+        image: uint8 ``(height, width, 3)``, BGR. Nobody draws on it: it belongs to all stages.
+        sequence: Number since the source was opened, from 0.
+        captured_s: Monotonic time in seconds at which it came out of the source.
+        truth: The boxes that a labelled source knows to be there; None elsewhere.
+    """
+
+    image: Image
+    sequence: int
+    captured_s: float
+    truth: GroundTruth | None = None

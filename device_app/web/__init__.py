@@ -1,0 +1,1 @@
+"""The live page: one picture for all viewers, figures, and two controls."""

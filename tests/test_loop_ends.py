@@ -1,0 +1,239 @@
+"""The loop when something fails: its error ends the run, nothing hangs, files are finished."""
+
+from __future__ import annotations
+
+import contextlib
+import runpy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from edgesight.device_app.accuracy import ReferenceAccuracy
+from edgesight.device_app.frame import Frame
+from edgesight.device_app.live import LiveView
+from edgesight.device_app.loop import Loop
+from edgesight.device_app.sinks import MemorySink
+from edgesight.device_app.sources import BaseSource, ListSource, Picture, ReopeningSource, Source
+from edgesight.models.detections import Detections
+from edgesight.models.detector import OnnxDetector
+from edgesight.models.errors import ModelFileError, OutputError, SourceError
+from edgesight.models.preprocess import Image
+
+kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
+GUARD_S = 60
+
+
+class SlowDetector(OnnxDetector):
+    """Takes its time, as a big network on a small board does."""
+
+    delay_s = 0.0
+
+    def infer(self, tensor: Any) -> Any:
+        time.sleep(self.delay_s)
+        return super().infer(tensor)
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> SlowDetector:
+    return SlowDetector(kit.build_tiny(tmp_path / "tiny.onnx"))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """After every test no thread of the loop may be left."""
+    yield
+    until = time.monotonic() + 5
+    while True:
+        ours = [t.name for t in threading.enumerate() if t.name.startswith("edgesight-")]
+        if not ours:
+            return
+        assert time.monotonic() < until, ours
+        time.sleep(0.01)
+
+
+def pictures(n: int) -> list[Image]:
+    """Returns pictures whose brightness tells their number: 100, 102, ..."""
+    return [np.full((64, 64, 3), 100 + 2 * (i % 70), np.uint8) for i in range(n)]
+
+
+def run(loop: Loop) -> Loop:
+    loop.start()
+    assert loop.wait(GUARD_S)
+    loop.finish()
+    return loop
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + GUARD_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def test_network_that_fails_ends_the_run_with_its_error(detector: SlowDetector) -> None:
+    calls = []
+
+    def infer(tensor: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            message = "out of memory"
+            raise RuntimeError(message)
+        return original(tensor)
+
+    original = detector.infer
+    detector.infer = infer  # type: ignore[method-assign]
+    sink = MemorySink()
+    camera = ListSource(pictures(5), fps=100, live=True, paced=True, loop=True)
+    loop = Loop(camera, detector, sinks=[sink])
+    loop.start()
+    assert loop.wait(GUARD_S)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.finish()
+    assert sink.closed
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_sink_that_fails_ends_the_run_with_its_error(
+    detector: SlowDetector, lossless: bool
+) -> None:
+    class Full(MemorySink):
+        def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
+            if frame.sequence >= 3:
+                message = "cannot write x: disk full; free space"
+                raise OutputError(message)
+            super().write(frame, detections, picture)
+
+    sink = Full()
+    loop = Loop(ListSource(pictures(20), loop=True), detector, sinks=[sink], lossless=lossless)
+    loop.start()
+    assert loop.wait(GUARD_S)
+    with pytest.raises(OutputError, match="disk full"):
+        loop.finish()
+    assert sink.closed
+
+
+def test_failed_run_does_not_complete_its_sinks(detector: SlowDetector) -> None:
+    completed: list[bool] = []
+
+    class Noting(MemorySink):
+        def close(self, complete: bool = True) -> Path | None:
+            completed.append(complete)
+            return Path("written")
+
+    class Dying(ListSource):
+        def _next(self) -> Picture | None:
+            if self._sequence == 4:
+                message = "dying: expected a photo, found none; copy it again"
+                raise SourceError(message)
+            return super()._next()
+
+    loop = Loop(Dying(pictures(9)), detector, sinks=[Noting()], lossless=True)
+    loop.start()
+    assert loop.wait(GUARD_S)
+    with pytest.raises(SourceError, match="dying"):
+        loop.finish()
+    run(Loop(ListSource(pictures(3)), detector, sinks=[Noting()], lossless=True))
+    assert completed == [False, True]
+
+
+def test_source_without_a_frame_is_an_error(detector: SlowDetector) -> None:
+    loop = Loop(ListSource([]), detector, lossless=True)
+    with pytest.raises(SourceError, match="expected frames, found none"):
+        loop.run()
+
+
+def test_reference_that_cannot_be_loaded_ends_the_run(
+    detector: SlowDetector, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    accuracy = ReferenceAccuracy(
+        tmp_path / "bad.onnx", detector.spec.classes, score=0.35, budget_percent=5
+    )
+    camera = ListSource(pictures(5), fps=50, live=True, paced=True, loop=True)
+    loop = Loop(camera, detector, accuracy=accuracy)
+    loop.start()
+    assert loop.wait(GUARD_S)
+    with pytest.raises(ModelFileError, match="expected an ONNX model"):
+        loop.finish()
+
+
+def test_lost_source_is_shown_and_the_run_goes_on(detector: SlowDetector) -> None:
+    opened: list[Source] = []
+
+    class Dying(ListSource):
+        def _next(self) -> Picture | None:
+            picture = super()._next()
+            if picture is None:
+                message = "list: expected a frame, found none; check the cable"
+                raise SourceError(message)
+            return picture
+
+    def open_one() -> Source:
+        opened.append(Dying(pictures(5), live=True))
+        return opened[-1]
+
+    source = ReopeningSource(open_one, first_s=0.4)
+    loop = Loop(source, detector)
+    loop.start()
+    states = set()
+
+    def came_back() -> bool:
+        assert not loop.wait(0.02)
+        states.add(loop.live.figures()["source_state"])
+        return len(opened) >= 2 and loop.stats.inference.n > 5
+
+    until(came_back)
+    loop.stop()
+    source.close()
+    loop.finish()
+    assert "retrying: expected a frame, found none" in states
+
+
+def test_stop_during_a_hanging_read_ends_all_the_same(detector: SlowDetector) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Hanging(BaseSource):
+        live = True
+
+        def _next(self) -> Picture | None:
+            entered.set()
+            go_on.wait(GUARD_S)
+            return None
+
+    source = Hanging("hanging", 30)
+    loop = Loop(source, detector)
+    loop.start()
+    assert entered.wait(GUARD_S)
+    loop.stop()
+    source.close()
+    began = time.monotonic()
+    loop.finish()
+    assert time.monotonic() - began < GUARD_S / 2, "it waited for the driver"
+    go_on.set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_end_of_the_run_wakes_waiting_viewers(detector: SlowDetector, fails: bool) -> None:
+    live = LiveView()
+    answers: list[object] = []
+    viewer = threading.Thread(target=lambda: answers.append(live.wait_newer(-1, GUARD_S)))
+    viewer.start()
+
+    class Failing(MemorySink):
+        def write(self, *_: object) -> None:
+            if fails:
+                message = "cannot write x: disk full; free space"
+                raise OutputError(message)
+
+    loop = Loop(ListSource(pictures(3)), detector, live=live, sinks=[Failing()], lossless=True)
+    loop.start()
+    assert loop.wait(GUARD_S)
+    viewer.join(GUARD_S / 2)
+    assert answers == [None]
+    with contextlib.suppress(OutputError):
+        loop.finish()
