@@ -105,6 +105,11 @@ class Rate:
         """Number of events."""
         return self._n
 
+    @property
+    def last_s(self) -> float:
+        """When the latest event was, on the monotonic clock in seconds."""
+        return self._last_s
+
     def recent(self, now_s: float | None = None) -> float:
         """Returns events per second over the latest seconds; falls to 0 when they stop."""
         now = time.monotonic() if now_s is None else now_s

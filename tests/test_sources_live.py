@@ -199,6 +199,8 @@ def test_stream_that_dies_is_retried_and_comes_back(camera: Any) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    while not states:
+        time.sleep(0.005)
     camera.mode = "refusing"
     threading.Timer(0.8, setattr, (camera, "mode", "sending")).start()
     began = time.monotonic()
