@@ -9,6 +9,7 @@ once, so that the whole costs one forward pass of each.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from .importance import unfold
+from .plain import trace
 
 
 @torch.no_grad()
@@ -40,15 +42,17 @@ def refit(
         samples_max: Positions per batch and layer.
         progress: Show a bar on stderr.
     """
-    ours = _Walk(fx.symbolic_trace(net), batches)
-    theirs = _Walk(fx.symbolic_trace(dense), batches)
+    ours = _Walk(trace(net), batches)
+    theirs = _Walk(trace(dense), batches)
     modules = dict(net.named_modules())
+    calls = Counter(str(n.target) for n in ours.nodes if n.op == "call_module")
     pairs = list(zip(ours.nodes, theirs.nodes, strict=True))
     for node, other in tqdm(pairs, desc="refit", unit="op", disable=not progress):
         theirs.step(other)
         name = str(node.target)
         conv = modules.get(name) if node.op == "call_module" else None
-        if isinstance(conv, nn.Conv2d) and conv.groups == 1:
+        # A shared convolution cannot be fitted to two inputs one after the other.
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and calls[name] == 1:
             rows = rows_kept.get(name)
             _fit_layer(conv, ours.inputs(node), theirs.values[other], rows, ridge, samples_max)
         ours.step(node)

@@ -41,21 +41,38 @@ def chosen_groups(channels: ChannelMap, plan: dict[str, list[int]]) -> set[int]:
 def masked(net: nn.Module, channels: ChannelMap, chosen: Iterable[int]) -> nn.Module:
     """Returns a copy of full size in which the chosen channels are zero everywhere.
 
-    The cut network must compute exactly what this one computes.
+    Their readers do not see them either, whatever an activation makes of zero. The cut network
+    must compute exactly what this one computes.
     """
     result = copy.deepcopy(net)
     modules = dict(result.named_modules())
+    rows, columns = _touched(channels, chosen)
+    for name, indices in rows.items():
+        module = modules[name]
+        for key in ("weight", "bias", "running_mean"):
+            value = getattr(module, key, None)
+            if isinstance(value, Tensor):
+                value[sorted(indices)] = 0
+    for name, indices in columns.items():
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        weight[:, sorted(indices)] = 0
+    return result
+
+
+def _touched(
+    channels: ChannelMap, chosen: Iterable[int]
+) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    """Returns which output and which input channels of each module belong to these groups."""
+    rows: dict[str, set[int]] = defaultdict(set)
+    columns: dict[str, set[int]] = defaultdict(set)
     for number in chosen:
         group = channels.groups[number]
         for name, index in group.makers + group.through:
-            module = modules[name]
-            for key in ("weight", "bias"):
-                value = getattr(module, key, None)
-                if isinstance(value, Tensor):
-                    value[index] = 0
-            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                module.running_mean[index] = 0
-    return result
+            rows[name].add(index)
+        for name, index in group.users:
+            columns[name].add(index)
+    return rows, columns
 
 
 @torch.no_grad()
@@ -73,14 +90,7 @@ def cut(net: nn.Module, channels: ChannelMap, chosen: Iterable[int]) -> nn.Modul
     result = copy.deepcopy(net)
     modules = dict(result.named_modules())
     chosen = set(chosen)
-    rows: dict[str, set[int]] = defaultdict(set)
-    columns: dict[str, set[int]] = defaultdict(set)
-    for number in chosen:
-        group = channels.groups[number]
-        for name, index in group.makers + group.through:
-            rows[name].add(index)
-        for name, index in group.users:
-            columns[name].add(index)
+    rows, columns = _touched(channels, chosen)
     for name in rows.keys() | columns.keys():
         _cut_module(name, modules[name], rows[name], columns[name])
     for path, (read, made) in channels.picks.items():
@@ -117,6 +127,8 @@ def _cut_module(name: str, module: nn.Module, rows: set[int], columns: set[int])
             setattr(module, key, new.clone())
     if isinstance(module, nn.BatchNorm2d):
         module.num_features = len(keep_rows)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(keep_rows)
     elif isinstance(module, nn.Conv2d):
         module.out_channels = len(keep_rows)
         if module.groups > 1:

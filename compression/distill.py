@@ -28,7 +28,7 @@ class LossWeights:
     scores: float = 1.0
     boxes: float = 1.0
     features: float = 1.0
-    labels: float = 1.0
+    labels: float = 0.5
 
 
 def bernoulli_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -60,15 +60,14 @@ def collect_stats(
         name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1
     }
     stats: dict[str, ConvStats] = {}
-    inputs: dict[str, Tensor] = {}
 
     def remember(name: str, module: nn.Conv2d, x: Tensor, y: Tensor) -> None:
-        inputs[name] = x.detach()
-        y.register_hook(lambda grad: gather(name, module, grad))  # type: ignore[no-untyped-call]
+        x = x.detach()  # of this call: a shared convolution has several
+        y.register_hook(lambda grad: gather(name, module, x, grad))  # type: ignore[no-untyped-call]
 
-    def gather(name: str, module: nn.Conv2d, grad: Tensor) -> None:
+    def gather(name: str, module: nn.Conv2d, x: Tensor, grad: Tensor) -> None:
         grad = grad.float()
-        columns = unfold(inputs.pop(name), module).float()
+        columns = unfold(x, module).float()
         energy = grad.square().sum((0, 2, 3)).double().numpy()
         weights = grad.square().sum(1).flatten()
         weights = weights / weights.mean().clamp_min(1e-30) + 0.2  # objects first, but not only
@@ -110,13 +109,17 @@ def collect_stats(
 
 def unfold(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Returns what a convolution reads at each position, ``(positions, in * k * k)``."""
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+    padding = conv.padding
+    if isinstance(padding, str):  # "same" has odd kernels here, or torch pads unevenly itself
+        sides = zip(conv.dilation, conv.kernel_size, strict=True)
+        padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for d, k in sides)
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and not any(padding):
         return x.permute(0, 2, 3, 1).flatten(0, 2)
     columns = nn.functional.unfold(
         x,
         conv.kernel_size,
         dilation=conv.dilation,
-        padding=conv.padding,  # type: ignore[arg-type]
+        padding=padding,
         stride=conv.stride,
     )
     return columns.transpose(1, 2).flatten(0, 1)
@@ -148,7 +151,10 @@ class RemovalState:
             total += s.weight.shape[1] // s.taps
         self.cost_flat = np.zeros(total)
         pairs = [
-            (n, self.offset[conv] + i) for n, g in enumerate(channels.groups) for conv, i in g.users
+            (n, self.offset[conv] + i)
+            for n, g in enumerate(channels.groups)
+            for conv, i in g.users
+            if conv in self.offset  # else nothing that it makes reaches an output
         ]
         self._group = np.array([p[0] for p in pairs], dtype=np.int64)
         self._slot = np.array([p[1] for p in pairs], dtype=np.int64)
@@ -169,6 +175,8 @@ class RemovalState:
         self.gone.add(number)
         touched = set()
         for conv, index in group.users:
+            if conv not in self.stats:
+                continue
             taps = self.stats[conv].taps
             block = np.arange(index * taps, (index + 1) * taps)
             inverse, weight = self.inverse[conv], self.weight[conv]

@@ -27,23 +27,58 @@ class LevelParts:
     confidence: Tensor
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which channels of every raw map of a network mean what.
+
+    Attributes:
+        logits: Yes/no questions: objectness, classes.
+        boxes: Distribution bins, offsets, or whatever is only compared by distance.
+        bins: Bins per box side if boxes are distributions (-1: a quarter of them), else 0.
+        objectness: Whether the first logit is the objectness, which multiplies the classes.
+    """
+
+    logits: slice
+    boxes: slice
+    bins: int = 0
+    objectness: bool = False
+
+
+def layout_of(net: DetectorNet) -> Layout:
+    """Returns what the channels of a network's raw maps mean; its own ``layout`` if it has one.
+
+    Raises:
+        ValueError: The network's head is not known here.
+    """
+    own = getattr(net, "layout", None)
+    if isinstance(own, Layout):
+        return own
+    if net.spec_head == "yolox":
+        return Layout(slice(4, None), slice(0, 4), objectness=True)
+    if net.spec_head in ("nanodet", "nanodet_plus"):
+        count = net.num_classes
+        return Layout(slice(0, count), slice(count, None), bins=-1)
+    message = f"expected a yolox or nanodet head, found {net.spec_head!r}"
+    raise ValueError(message)
+
+
 def take_apart(net: DetectorNet, level: Tensor) -> LevelParts:
     """Takes one raw map of ``net`` apart.
 
     Raises:
         ValueError: The network's head is not known here.
     """
-    if net.spec_head == "yolox":
-        boxes, logits = level[:, :4], level[:, 4:]
-        score = logits.detach().sigmoid()
+    layout = layout_of(net)
+    logits, boxes = level[:, layout.logits], level[:, layout.boxes]
+    bins = boxes.shape[1] // 4 if layout.bins < 0 else layout.bins
+    score = logits.detach().sigmoid()
+    if not logits.shape[1]:  # nothing is known of the map: all of it counts alike
+        best = torch.ones_like(boxes[:, :1].detach())
+    elif layout.objectness:
         best = score[:, :1] * score[:, 1:].amax(1, keepdim=True)
-        return LevelParts(logits, boxes, 0, best)
-    if net.spec_head == "nanodet_plus":
-        logits, boxes = level[:, : net.num_classes], level[:, net.num_classes :]
-        best = logits.detach().sigmoid().amax(1, keepdim=True)
-        return LevelParts(logits, boxes, boxes.shape[1] // 4, best)
-    message = f"expected a yolox or nanodet_plus head, found {net.spec_head!r}"
-    raise ValueError(message)
+    else:
+        best = score.amax(1, keepdim=True)
+    return LevelParts(logits, boxes, bins, best)
 
 
 def probe_loss(net: DetectorNet, levels: list[Tensor], generator: torch.Generator) -> Tensor:

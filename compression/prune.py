@@ -141,10 +141,12 @@ def plan_pruning(
     floor = {k: max(align, int(np.ceil(n * keep_min))) for k, n in sizes.items()}
     free = {k: max(0, n - min(floor[k], n)) for k, n in sizes.items()}
     goal = macs_ratio * sum(c.macs for c in costs.values())
-    chosen, _ = _choose(channels, stats, costs, keys, free, goal)
+    chosen, macs = _choose(channels, stats, costs, keys, free, goal)
+    # If even this misses the budget, no rounding can meet it.
+    biases: list[float] = list(np.linspace(0.5, -1.5, 21)) if macs <= goal else []
     gone = Counter(keys[n] for n in chosen)
     # Rounding may miss the budget: shift the rounding until it is met.
-    for bias in np.linspace(0.5, -1.5, 21):
+    for bias in biases:
         quota = {}
         for key, size in sizes.items():
             left = size - gone[key]

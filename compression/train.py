@@ -42,7 +42,7 @@ class TrainConfig:
 
     photos: int = 20_000
     batch: int = 8
-    rate: float = 4e-3
+    rate: float = 7e-4
     warmup: float = 0.05
     ema: float = 0.998
     seed: int = 0

@@ -214,3 +214,50 @@ def test_discard_leaves_an_earlier_result(tmp_path: Path) -> None:
         "a.jsonl": "earlier",
         "a.mp4": "earlier",
     }
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    for make in (
+        lambda: JsonlSink(pipe, CLASSES),
+        lambda: VideoSink(pipe, 30),
+        lambda: JsonlSink(Path("/dev/no-such-device"), CLASSES),
+        lambda: write_text(pipe, ""),
+    ):
+        with pytest.raises(OutputError, match="expected the name of a file, found a device"):
+            make()
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe.mp4"]
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        JsonlSink(tmp_path / ("a" * 300), CLASSES)
+
+
+def test_a_video_is_not_closed_while_it_is_written(tmp_path: Path) -> None:
+    sink = VideoSink(tmp_path / "out.mp4", 30)
+    sink.write(frame(0), FOUND, frame(0).image)
+    inner, writing, overlaps = sink._writer, threading.Event(), []
+
+    class Slow:
+        def write(self, picture: object) -> None:
+            writing.set()
+            time.sleep(0.1)
+            overlaps.append(sink._closed)
+            inner.write(picture)
+
+        def release(self) -> None:
+            inner.release()
+
+    sink._writer = Slow()
+    last = frame(200)  # many frames to fill, as after a camera was away
+    thread = threading.Thread(target=lambda: sink.write(last, FOUND, last.image))
+    thread.start()
+    assert writing.wait(5)
+    assert sink.close() == tmp_path / "out.mp4"
+    thread.join(5)
+    assert not thread.is_alive()
+    assert overlaps
+    assert not any(overlaps)

@@ -1,0 +1,300 @@
+"""Runs a recipe: every finished step is stored, and a rerun goes on behind the last of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..models.dataset import Dataset
+from ..models.detections import Detections
+from ..models.detector import OnnxDetector
+from ..models.evaluate import Detector, run_detector
+from ..models.files import atomic_path, write_json
+from .data import open_photos
+from .export import TorchDetector, export_detector
+from .measure import score
+from .prune import count_macs
+from .recipe import Recipe
+from .source import Entered, enter
+from .state import (
+    STATE_FILE,
+    STATE_VERSION,
+    Job,
+    State,
+    StepReport,
+    load_state,
+    save_state,
+)
+from .steps import STEPS, sample, with_file
+
+ORIGINAL_FILE = "original.onnx"
+FINAL_FILE = "model.onnx"
+FLOAT_FILE = "model_float.onnx"
+STEPS_FOLDER = "steps"
+MEASURE_FILE = "measure.json"
+NOT_IN_KEY = ("save_s",)
+"""Settings that do not change a result."""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One line of the summary.
+
+    Attributes:
+        title: ``original``, or number and kind of the step.
+        parameters: Weights and biases.
+        macs: Multiply-accumulates of the convolutions per picture.
+        bytes: Of the file (of a torch network: of its weights).
+        score: ``measure.Score`` as JSON on the photos that measure steps; None if not measured.
+        report: What the step said; None for the original.
+        resumed: The step was finished in an earlier run.
+    """
+
+    title: str
+    parameters: int
+    macs: int
+    bytes: int
+    score: dict[str, Any] | None
+    report: StepReport | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a recipe made.
+
+    Attributes:
+        state: At the end.
+        rows: One per step, the original first.
+        final: The result.
+        float_file: Its float form.
+        seconds: Of this run, steps that were done before not counted.
+    """
+
+    state: State
+    rows: tuple[StepRow, ...]
+    final: Path
+    float_file: Path
+    seconds: float
+
+    @property
+    def verified(self) -> dict[str, Any] | None:
+        """Figures of the last verify step; None without one."""
+        done = [r.report for r in self.rows if r.report is not None and r.report.kind == "verify"]
+        return done[-1].figures if done and done[-1] is not None else None
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    restart: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Carries out a recipe.
+
+    Args:
+        recipe: With absolute paths, as ``read_recipe`` returns it.
+        restart: Do every step anew.
+        progress: Show bars.
+        say: Told what is going on, a line at a time.
+
+    Raises:
+        EdgeSightError: Something that the recipe names is wrong; finished steps stay stored.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr))
+    start = time.monotonic()
+    torch.set_flush_denormal(True)  # pruning sets it: a run resumed behind it must compute alike
+    photos = open_photos(recipe.data.photos, recipe.data.eval, recipe.data.hold_out)
+    say(f"{len(photos.train_paths)} photos to learn from, {len(photos.check)} to measure on")
+    entered = enter(recipe.model, recipe.seed)
+    job = Job(
+        recipe.out,
+        photos,
+        recipe.target.core,
+        recipe.seed,
+        progress,
+        recipe.data.step_photos,
+    )
+    state = first_state(job, entered, recipe.data.input_hw)
+    ruler = _Ruler(state)
+    rows = [_row("original", state, ruler.measure(state, None))]
+    for index, settings in enumerate(recipe.steps):
+        key = step_key(recipe, index, entered, photos.train_print, photos.check_print)
+        title = f"{index + 1} {settings.kind}"
+        folder = recipe.out / STEPS_FOLDER / f"{index + 1}-{settings.kind}-{key[:10]}"
+        if restart and folder.exists():
+            shutil.rmtree(folder)
+        inside = replace(state, job=replace(job, step_folder=folder))
+        done = load_state(folder, key, inside)
+        if done is None:
+            say(f"step {index + 1} of {len(recipe.steps)}: {settings.kind}")
+            made, report = STEPS[settings.kind](inside, settings)
+            save_state(folder, key, made, report)
+            done = load_state(folder, key, inside)  # so that a resumed run sees the very same
+            assert done is not None, "a step that was just stored can be read"
+            with contextlib.suppress(OSError):
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+            resumed = False
+        else:
+            say(f"step {index + 1} of {len(recipe.steps)}: {settings.kind}, done before")
+            resumed = True
+        state, report = done
+        measured = None
+        if settings.kind != "verify":
+            measured = ruler.measure(state, folder / MEASURE_FILE)
+        rows.append(_row(title, state, measured, report, resumed))
+    return _finish(replace(state, job=job), rows, start)
+
+
+def first_state(job: Job, entered: Entered, input_hw: tuple[int, int] | None) -> State:
+    """Returns the state before the first step; writes the original as an ONNX file of our form."""
+    path = job.folder / ORIGINAL_FILE
+    spec = entered.spec
+    if input_hw is not None:
+        spec = spec.with_changes(input_hw=input_hw)
+    state = State(
+        job,
+        entered.net,
+        entered.spec,
+        path,
+        entered.net,
+        spec,
+        origin=entered.origin,
+        base_edits=entered.edits,
+    )
+    mark = path.with_suffix(".json")
+    wanted = {"digest": entered.digest, "spec": entered.spec.to_json(), "version": __version__}
+    if not (path.is_file() and _json(mark) == wanted):
+        as_entered = replace(state, spec=entered.spec)
+        text = as_entered.description()
+        export_detector(entered.net, entered.spec, path, sample(state), text)
+        write_json(mark, wanted)
+    return state if spec != entered.spec else replace(state, model=path)
+
+
+def step_key(
+    recipe: Recipe, index: int, entered: Entered, train_print: str, check_print: str
+) -> str:
+    """Returns what tells a step's result from any other: all that has gone into it."""
+    steps = recipe.steps[: index + 1]
+    settings = [
+        {k: v for k, v in step.model_dump(mode="json").items() if k not in NOT_IN_KEY}
+        for step in steps
+    ]
+    kinds = {step.kind for step in steps}
+    return _digest(
+        STATE_VERSION,
+        __version__,
+        entered.digest,
+        entered.spec.to_json(),
+        recipe.data.input_hw,
+        recipe.seed,
+        train_print,
+        settings,
+        recipe.target.core if kinds & {"quantize", "verify"} else "",
+        check_print if "verify" in kinds else "",
+    )
+
+
+class _Ruler:
+    """Measures models between steps, always on the same photos."""
+
+    def __init__(self, state: State) -> None:
+        job = state.job
+        count = job.step_photos
+        self.data: Dataset | None = job.photos.check.limit(count) if count else None
+        self.original = state.original
+        self.progress = job.progress
+        self.key = _digest(job.photos.check_print, count, self.original.read_bytes())
+        self._before: list[Detections] | None = None
+
+    def measure(self, state: State, cache: Path | None) -> dict[str, Any] | None:
+        """Returns the score of a state; from ``cache`` if it was measured before."""
+        if self.data is None:
+            return None
+        stored = _json(cache) if cache is not None else None
+        if isinstance(stored, dict) and stored.get("key") == self.key:
+            found: dict[str, Any] = stored["score"]
+            return found
+        if self._before is None:
+            self._before = self._run(OnnxDetector(self.original), "the original")
+        if cache is None:
+            after = self._before
+        elif state.model is not None:
+            after = self._run(OnnxDetector(state.model), "measuring")
+        else:
+            after = self._run(TorchDetector(state.net, state.spec), "measuring")
+        result = score(after, self._before, state.spec.classes, self.data, 400).to_json()
+        if cache is not None:
+            write_json(cache, {"key": self.key, "score": result})
+        return result
+
+    def _run(self, detector: Detector, title: str) -> list[Detections]:
+        assert self.data is not None
+        return run_detector(detector, self.data, progress=self.progress, title=title)[0]
+
+
+def _row(
+    title: str,
+    state: State,
+    measured: dict[str, Any] | None,
+    report: StepReport | None = None,
+    resumed: bool = False,
+) -> StepRow:
+    count = sum(p.numel() for p in state.net.parameters())
+    size = 4 * count if state.model is None else state.model.stat().st_size
+    first = report is None
+    net, spec = (state.teacher, state.teacher_spec) if first else (state.net, state.spec)
+    macs = count_macs(net, torch.zeros(1, 3, *spec.input_hw))
+    if first:
+        size = state.original.stat().st_size
+    return StepRow(title, count, macs, size, measured, report, resumed)
+
+
+def _finish(state: State, rows: list[StepRow], start: float) -> RunResult:
+    folder = state.job.folder
+    if state.model is None:
+        last = replace(state.job, step_folder=folder / STEPS_FOLDER)
+        state = with_file(replace(state, job=last))
+    assert state.model is not None
+    final, float_file = folder / FINAL_FILE, folder / FLOAT_FILE
+    _copy(state.float_model or state.model, float_file)
+    _copy(state.model, final)
+    return RunResult(state, tuple(rows), final, float_file, time.monotonic() - start)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as path:
+        shutil.copyfile(source, path)
+
+
+def finished_steps(folder: Path) -> int:
+    """Returns how many steps are stored in an output folder."""
+    return len(list((folder / STEPS_FOLDER).glob(f"*/{STATE_FILE}")))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        digest.update(data + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,314 @@
+"""Puts QuantizeLinear/DequantizeLinear pairs into a float graph, as ONNX Runtime fuses them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..models.detections import FloatArray
+from ..models.graph import require_onnx
+from .calibrate import Grid
+
+WEIGHT_OPS = ("Conv", "Gemm", "MatMul")
+SAME_GRID_OPS = (
+    "Flatten",
+    "Gather",
+    "MaxPool",
+    "Reshape",
+    "Resize",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+"""Operators that move values and do not change them: input and output share one grid."""
+ARITHMETIC_OPS = (
+    "Add",
+    "AveragePool",
+    "Concat",
+    "GlobalAveragePool",
+    "LeakyRelu",
+    "Mul",
+    "Sigmoid",
+)
+CLIPPING_OPS = ("Relu", "Clip")
+"""Run inside the integer convolution before them: the lower end of the grid does the work."""
+DEQUANTIZED = "/dq"
+"""Ending of a tensor's value after it was rounded to its grid."""
+INTEGER_READY = (*WEIGHT_OPS, *SAME_GRID_OPS, *ARITHMETIC_OPS, *CLIPPING_OPS)
+
+
+class Links:
+    """Who makes and who reads each tensor of a graph."""
+
+    def __init__(self, graph: Any) -> None:
+        """Reads the graph once; make a new one after changing it."""
+        self.graph = graph
+        self.stored = {t.name: t for t in graph.initializer}
+        self.maker: dict[str, Any] = {}
+        self.readers: dict[str, list[Any]] = defaultdict(list)
+        for node in graph.node:
+            for name in node.output:
+                self.maker[name] = node
+            for name in node.input:
+                if name and name not in self.stored:
+                    self.readers[name].append(node)
+        self.outputs = {o.name for o in graph.output}
+
+    def data_inputs(self, node: Any) -> list[str]:
+        """Returns the tensors that a node computes on, without stored and shape inputs."""
+        names = node.input[:1] if node.op_type in SAME_GRID_OPS else node.input
+        return [n for n in names if n and n not in self.stored]
+
+
+def is_weighted(node: Any, stored: Collection[str]) -> bool:
+    """Whether a node multiplies its data by stored weights."""
+    return node.op_type in WEIGHT_OPS and len(node.input) > 1 and node.input[1] in stored
+
+
+def body_nodes(model: Any) -> list[Any]:
+    """Returns the nodes that some convolution lies behind, and the convolutions themselves.
+
+    The rest is the head's tail (sigmoid of scores, concatenation of scores and boxes, decoding):
+    it is cheap, and 8 bits destroy it.
+    """
+    links = Links(model.graph)
+    leads: set[str] = set()
+    body: list[Any] = []
+    for node in reversed(model.graph.node):
+        if is_weighted(node, links.stored) or any(name in leads for name in node.output):
+            body.append(node)
+            leads.update(name for name in node.input if name)
+    return body[::-1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which nodes compute with integers, and which tensors are therefore stored in 8 bits.
+
+    Attributes:
+        nodes: Names of the integer nodes.
+        tensors: Tensors on a grid, in the order in which they are made.
+        group: Tensor -> the first tensor of those that share its grid.
+    """
+
+    nodes: frozenset[str]
+    tensors: tuple[str, ...]
+    group: Mapping[str, str]
+
+
+def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
+    """Decides which tensors get a grid.
+
+    Args:
+        model: A float graph with named nodes.
+        float_nodes: Names of nodes that have to compute in float.
+    """
+    links = Links(model.graph)
+    nodes: set[str] = set()
+    for node in body_nodes(model):
+        ready = node.op_type in INTEGER_READY and node.name not in float_nodes
+        if node.op_type in WEIGHT_OPS:
+            ready = ready and is_weighted(node, links.stored)
+        elif node.op_type in CLIPPING_OPS:
+            source = links.maker.get(node.input[0])
+            ready = ready and source is not None and source.name in nodes
+            ready = ready and len(links.readers[node.input[0]]) == 1
+        if ready:
+            nodes.add(node.name)
+    # Moving values around in float between float neighbours needs no grid.
+    for node in model.graph.node:
+        if node.name in nodes and node.op_type in SAME_GRID_OPS:
+            source = links.maker.get(node.input[0])
+            around = [source] if source is not None else []
+            around += [r for out in node.output for r in links.readers[out]]
+            if not any(other.name in nodes for other in around):
+                nodes.discard(node.name)
+    on_grid: dict[str, None] = {}
+    for node in model.graph.node:
+        if node.name not in nodes:
+            continue
+        for name in (*links.data_inputs(node), *node.output):
+            fused = [r for r in links.readers[name] if r.op_type in CLIPPING_OPS]
+            if not (fused and fused[0].name in nodes):
+                on_grid[name] = None
+    group = {name: name for name in on_grid}
+
+    def first(name: str) -> str:
+        while group[name] != name:
+            name = group[name]
+        return name
+
+    for node in model.graph.node:
+        if node.name in nodes and (node.op_type in SAME_GRID_OPS or node.op_type == "Concat"):
+            joined = [n for n in (*links.data_inputs(node), *node.output) if n in group]
+            for other in joined[1:]:
+                group[first(other)] = first(joined[0])
+    return Layout(frozenset(nodes), tuple(on_grid), {name: first(name) for name in on_grid})
+
+
+def weight_scales(flat: FloatArray, least: FloatArray) -> FloatArray:
+    """Returns the symmetric 8-bit scale per output channel with the least square error.
+
+    Args:
+        flat: Weights, ``(channels, weights per channel)``; a channel may be all zero.
+        least: No scale is smaller than this.
+    """
+    top = np.maximum(np.abs(flat).max(axis=1) / 127, least)
+    best, cost = top, np.full(len(flat), np.inf, np.float32)
+    for shrink in np.arange(1.0, 0.59, -0.04):
+        scale = np.maximum(top * np.float32(shrink), least)
+        codes = np.clip(np.rint(flat / scale[:, None]), -127, 127)
+        error = ((codes * scale[:, None] - flat) ** 2).sum(axis=1)
+        better = error < cost
+        best, cost = np.where(better, scale, best), np.where(better, error, cost)
+    chosen: FloatArray = best.astype(np.float32)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One convolution's weights in 8 bits: codes int8, a float32 scale per output channel."""
+
+    codes: npt.NDArray[np.int8]
+    scales: FloatArray
+
+
+def quantize_weight(
+    weight: FloatArray, bias: FloatArray, input_scale: float, axis: int = 0
+) -> Weights:
+    """Returns weights rounded to nearest on the best scale per output channel.
+
+    A dead channel (all weights zero) or one with a huge bias gets a scale on which its bias still
+    fits into 32 bits with digits to spare.
+    """
+    first = np.moveaxis(weight, axis, 0)
+    flat = first.reshape(len(first), -1)
+    least = np.maximum(np.abs(bias) / (2**29 * input_scale), 1e-8).astype(np.float32)
+    scales = weight_scales(flat, least)
+    codes = np.clip(np.rint(flat / scales[:, None]), -127, 127).astype(np.int8)
+    return Weights(np.moveaxis(codes.reshape(first.shape), 0, axis), scales)
+
+
+def insert(
+    model: Any,
+    layout: Layout,
+    grids: Mapping[str, Grid],
+    *,
+    signed: bool,
+    weights: Mapping[str, Weights] | None = None,
+) -> Any:
+    """Returns a copy of the model in QDQ form.
+
+    Args:
+        model: The float graph that the layout was made for.
+        layout: What is to be integer.
+        grids: Grid of every tensor in ``layout.tensors``.
+        signed: int8 activations, else uint8.
+        weights: Codes to use in place of rounding to nearest, by node name.
+
+    Returns:
+        A new ``onnx.ModelProto``; stored float weights of integer nodes are gone from it.
+    """
+    onnx = require_onnx()
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    links = Links(model.graph)
+    tensors: dict[str, Any] = {}
+    nodes: list[Any] = []
+    read_as: dict[str, str] = {}
+
+    def store(name: str, value: npt.ArrayLike) -> str:
+        tensors[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def pair(name: str) -> None:
+        grid = grids[layout.group[name]]
+        zero = np.int8(grid.zero_point - 128) if signed else np.uint8(grid.zero_point)
+        stem = layout.group[name]
+        ends = [store(f"{stem}/scale", np.float32(grid.scale)), store(f"{stem}/zero", zero)]
+        read_as[name] = name + DEQUANTIZED
+        codes = f"{name}/q"
+        nodes.append(helper.make_node("QuantizeLinear", [name, *ends], [codes]))
+        nodes.append(helper.make_node("DequantizeLinear", [codes, *ends], [read_as[name]]))
+
+    for entry in graph.input:
+        if entry.name in layout.group:
+            pair(entry.name)
+    for node in graph.node:
+        integer = node.name in layout.nodes
+        for index, name in enumerate(node.input):
+            if name in read_as:
+                node.input[index] = read_as[name]
+        if integer and is_weighted(node, links.stored):
+            source = layout_input(node, links)
+            _weights(node, links, grids[layout.group[source]], store, nodes, weights or {})
+        nodes.append(node)
+        for name in node.output:
+            if name in layout.group and name not in links.outputs:
+                pair(name)
+    used = {name for node in nodes for name in node.input}
+    kept = [t for t in graph.initializer if t.name in used and t.name not in tensors]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *(t for n, t in tensors.items() if n in used)])
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def layout_input(node: Any, links: Links) -> str:
+    """Returns the data input of a weighted node, as the float graph names it."""
+    original = next(n for n in links.graph.node if n.name == node.name)
+    return str(original.input[0])
+
+
+def _weights(
+    node: Any, links: Links, grid: Grid, store: Any, nodes: list[Any], given: Mapping[str, Weights]
+) -> None:
+    """Puts a weighted node's weights in 8 bits and its bias in 32 bits on the matching grid."""
+    onnx = require_onnx()
+    numpy_helper = onnx.numpy_helper
+    name = node.input[1]
+    weight = numpy_helper.to_array(links.stored[name]).astype(np.float32)
+    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+    axis = 0 if node.op_type == "Conv" or transposed else weight.ndim - 1
+    has_bias = len(node.input) > 2 and node.input[2] in links.stored
+    bias = np.zeros(weight.shape[axis], np.float32)
+    if has_bias:
+        bias = numpy_helper.to_array(links.stored[node.input[2]]).astype(np.float32)
+    chosen = given.get(node.name) or quantize_weight(weight, bias, grid.scale, axis)
+    scales = chosen.scales
+    _stored_codes(node, 1, chosen.codes, scales, axis, store, nodes)
+    if has_bias:
+        step = scales.astype(np.float64) * grid.scale
+        limit = 2**31 - 1
+        codes = np.clip(np.rint(bias.astype(np.float64) / step), -limit, limit).astype(np.int32)
+        _stored_codes(node, 2, codes, step.astype(np.float32), 0, store, nodes)
+
+
+def _stored_codes(
+    node: Any,
+    index: int,
+    codes: npt.NDArray[Any],
+    scales: FloatArray,
+    axis: int,
+    store: Any,
+    nodes: list[Any],
+) -> None:
+    """Makes a node read stored codes through a DequantizeLinear per channel.
+
+    The zero points are all 0, and the same ones for all nodes: they would be a tenth of the file.
+    """
+    stem = f"{node.name}/{index}"
+    zeros = store(f"zeros/{codes.dtype}/{len(scales)}", np.zeros(len(scales), codes.dtype))
+    inputs = [store(f"{stem}/q", codes), store(f"{stem}/scale", scales), zeros]
+    nodes.append(require_onnx().helper.make_node("DequantizeLinear", inputs, [stem], axis=axis))
+    node.input[index] = stem

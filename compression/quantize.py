@@ -1,0 +1,295 @@
+"""Static INT8 after training: every convolution in integers, with nothing named by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..models.detections import FloatArray
+from ..models.errors import DatasetError, RecipeError
+from ..models.graph import node_macs, require_onnx
+from ..models.spec import ModelSpec
+from .calibrate import Grid, Seen, best_grid, chosen_photos, observe, sigmoid
+from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
+from .fidelity import Fidelity
+from .onnx_io import tidy, write_spec
+from .qdq import Layout, Links, insert, plan_layout
+from .sensitivity import NoiseMeter, float_nodes, scan
+
+
+@dataclass(frozen=True)
+class Target:
+    """What quantization has to know about a processor core.
+
+    Attributes:
+        signed: int8 activations are the faster ones; else uint8.
+        why: Where that is from.
+    """
+
+    signed: bool
+    why: str
+
+
+TARGETS: dict[str, Target] = {
+    "cortex-a76": Target(True, "signed dot product: fewest instructions with int8 activations"),
+    "cortex-a72": Target(False, "no dot product: fewest instructions with uint8 activations"),
+    "x86-64": Target(False, "VNNI multiplies uint8 by int8; int8 activations fall back to float"),
+}
+
+
+KnownGrids = dict[tuple[str, ...], Grid]
+CHECK_PHOTOS = 64
+STRENGTHS = (0.5, 0.7)
+NOISE_PHOTOS = 4
+FREE_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+SHOWN = 16
+GAIN_MIN = 0.03
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How to quantize.
+
+    Attributes:
+        target: Key of ``TARGETS``: the core that the file is for.
+        photos_max: So many photos at most are used, picked with ``seed``.
+        seed: Of everything random.
+        integer_share_min: At least this part of the convolution MACs stays integer, 0..1.
+        float_parameters_max: At most this part of the parameters stays in float, 0..1: it is what
+            makes the file larger.
+    """
+
+    target: str = "cortex-a76"
+    photos_max: int = 320
+    seed: int = 0
+    integer_share_min: float = 0.9
+    float_parameters_max: float = 0.03
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            RecipeError: A value is unknown or impossible.
+        """
+        checks = (
+            (self.target in TARGETS, "target", f"one of {', '.join(TARGETS)}"),
+            (self.photos_max >= 1, "photos_max", "at least 1"),
+            (0 <= self.integer_share_min <= 1, "integer_share_min", "0..1"),
+            (0 <= self.float_parameters_max <= 1, "float_parameters_max", "0..1"),
+        )
+        for fine, key, expected in checks:
+            if not fine:
+                message = f"quantize.{key}: expected {expected}, found {getattr(self, key)!r}"
+                raise RecipeError(message)
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """An INT8 model and how it came to be.
+
+    Attributes:
+        model: ``onnx.ModelProto`` in QDQ form, spec inside.
+        report: JSON-ready.
+    """
+
+    model: Any
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def quantize(
+    model: Any,
+    spec: ModelSpec,
+    photos: Sequence[Path],
+    config: QuantizeConfig | None = None,
+    *,
+    progress: Callable[..., Any] = tqdm,
+) -> QuantizeResult:
+    """Returns the INT8 form of a float detector.
+
+    Args:
+        model: Float ONNX, with or without folded pre-processing.
+        spec: What the model needs to know about itself.
+        photos: Typical photos, no labels needed; never those that accuracy is measured on.
+        config: How.
+        progress: Wraps iterables, as ``tqdm`` does.
+
+    Raises:
+        DatasetError: There are no photos, or one cannot be read.
+        ModelFileError: The graph cannot be read or run.
+    """
+    config = config or QuantizeConfig()
+    if not photos:
+        message = "expected photos to calibrate on, found none; name a folder with some hundred"
+        raise DatasetError(message)
+    signed = TARGETS[config.target].signed
+    model = tidy(model)
+    chosen = chosen_photos(photos, config.photos_max, config.seed)
+    every = max(1, len(chosen) // CHECK_PHOTOS)
+    check = chosen[::every][:CHECK_PHOTOS]
+    fidelity = Fidelity(model, check, spec)
+    layout = plan_layout(model)
+    seen = observe(model, layout.tensors, chosen, spec, seed=config.seed, progress=progress)
+    plain = insert(model, layout, find_grids(model, layout, seen), signed=False)
+    report: dict[str, Any] = {
+        "target": config.target,
+        "activations": "int8" if signed else "uint8",
+        "photos": len(chosen),
+        "ranges": "least square error behind the activation",
+        "disagreement": {"photos": len(check), "not equalised": _rounded(fidelity.loss(plain))},
+    }
+    labels = label_channels(model, silu_gates(Links(model.graph)))
+    variants: list[Variant] = []
+    for strength in progress(STRENGTHS, desc="equalise"):
+        factor = channel_factors(model, labels, seen, strength)
+        scaled = rescale(model, labels, factor)
+        ranges = rescaled_seen(seen, labels, factor, scaled)
+        variant = Variant(scaled, ranges, frozenset(), strength)
+        variants.append(variant.measured(fidelity))
+    best = min(variants, key=lambda v: v.loss)
+    report["disagreement"]["equalised"] = {str(v.strength): _rounded(v.loss) for v in variants}
+    report["equalisation"] = best.strength
+    meter = NoiseMeter(model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec)
+    best, report["float"] = free_what_hurts(best, fidelity, meter, config, progress)
+    report["disagreement"]["final"] = _rounded(best.loss)
+    result = best.inserted(signed)
+    write_spec(result, spec)
+    return QuantizeResult(result, report)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize a model, and how far its boxes are from the original's.
+
+    Attributes:
+        model: The equalised float graph.
+        seen: What its tensors were on photos.
+        float_nodes: Nodes that stay in float.
+        strength: Of the equalisation.
+        loss: Disagreement with the float model, 0..1.
+        known: Grids found so far.
+    """
+
+    model: Any
+    seen: dict[str, Seen]
+    float_nodes: frozenset[str]
+    strength: float
+    loss: float = 1.0
+    known: KnownGrids = field(default_factory=dict)
+
+    def inserted(self, signed: bool) -> Any:
+        """Returns the QDQ graph."""
+        layout = plan_layout(self.model, self.float_nodes)
+        grids = find_grids(self.model, layout, self.seen, self.known)
+        return insert(self.model, layout, grids, signed=signed)
+
+    def measured(self, fidelity: Fidelity) -> Variant:
+        """Returns the variant with its loss, which signedness does not change."""
+        return replace(self, loss=fidelity.loss(self.inserted(signed=False)))
+
+
+def free_what_hurts(
+    variant: Variant,
+    fidelity: Fidelity,
+    meter: NoiseMeter,
+    config: QuantizeConfig,
+    progress: Callable[..., Any],
+) -> tuple[Variant, dict[str, Any]]:
+    """Returns the variant with what hurts most in float, and the report of how that was found.
+
+    Every grid's own noise at the head is measured; then the noisiest are left out, 1, 2, 4 ... of
+    them, and the number is taken behind which the boxes stop getting better.
+    """
+    layout = plan_layout(variant.model)
+    grids = find_grids(variant.model, layout, variant.seen, variant.known)
+    sensitive = scan(variant.model, layout, grids, meter, progress=progress) if FREE_COUNTS else []
+    limits = (1 - config.integer_share_min, config.float_parameters_max)
+    trials: dict[str, float] = {"0": _rounded(variant.loss)}
+    best = variant
+    for count in progress(FREE_COUNTS, desc="keep in float"):
+        names = float_nodes(variant.model, sensitive, count, limits)
+        trial = replace(variant, float_nodes=names).measured(fidelity)
+        trials[str(count)] = _rounded(trial.loss)
+        if trial.loss < best.loss * (1 - GAIN_MIN):
+            best = trial
+    macs = node_macs(variant.model)
+    convs = [n for n in variant.model.graph.node if n.op_type == "Conv"]
+    total = sum(macs[n.output[0]] for n in convs)
+    in_float = [n for n in convs if n.name in best.float_nodes]
+    return best, {
+        "noisiest": [{"tensor": s.group, "noise": _rounded(s.noise)} for s in sensitive[:SHOWN]],
+        "disagreement by number left out": trials,
+        "nodes": sorted(best.float_nodes),
+        "convolutions": [n.name for n in in_float],
+        "conv_macs_share": _rounded(sum(macs[n.output[0]] for n in in_float) / total),
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4)
+
+
+def find_grids(
+    model: Any, layout: Layout, seen: dict[str, Seen], known: KnownGrids | None = None
+) -> dict[str, Grid]:
+    """Returns the best grid of every group of tensors that share one.
+
+    ``known`` keeps what was found, so that a layout that differs a little costs little.
+    """
+    known = {} if known is None else known
+    links = Links(model.graph)
+    members: dict[str, list[str]] = {}
+    for name in layout.tensors:
+        members.setdefault(layout.group[name], []).append(name)
+    grids: dict[str, Grid] = {}
+    for first, names in members.items():
+        if tuple(names) in known:
+            grids[first] = known[tuple(names)]
+            continue
+        low = min(float(seen[n].low.min()) for n in names)
+        high = max(float(seen[n].high.max()) for n in names)
+        after = weight = None
+        if len(names) == 1:
+            values = seen[first].values
+            after, weight = effect(links, first)
+        else:
+            values = np.concatenate([seen[n].values.ravel() for n in names])[:, None]
+        grids[first] = known[tuple(names)] = best_grid(values, low, high, after, weight)
+    return grids
+
+
+Function = Callable[[Any], Any]
+
+
+def effect(links: Links, name: str) -> tuple[Function | None, Function | None]:
+    """Returns the activation that all readers of a tensor apply, and the weight of its errors."""
+    readers = links.readers[name]
+    kinds = sorted({r.op_type for r in readers})
+    maker = links.maker.get(name)
+    if kinds == ["LeakyRelu"]:
+        slope = next((a.f for a in readers[0].attribute if a.name == "alpha"), 0.01)
+        return lambda x: np.where(x > 0, x, x * np.float32(slope)), None
+    if kinds == ["Sigmoid"]:
+        factor = gate_factor(links, maker)  # of an equalised SiLU: its product is what counts
+        return sigmoid, (lambda x: x / factor) if factor is not None else None
+    if kinds == ["Mul", "Sigmoid"]:
+        return lambda x: x * sigmoid(x), None
+    if kinds == ["Mul"]:
+        factors = [f for r in readers if (f := gate_factor(links, r)) is not None]
+        if factors:
+            return lambda x: x * sigmoid(x * factors[0]), None
+    return None, None
+
+
+def gate_factor(links: Links, node: Any) -> FloatArray | None:
+    """Returns the factors that an equalised SiLU multiplies its sigmoid's input by."""
+    if node is None or node.op_type != "Mul" or node.input[1] not in links.stored:
+        return None
+    if {r.op_type for r in links.readers[node.output[0]]} != {"Sigmoid"}:
+        return None
+    factor = require_onnx().numpy_helper.to_array(links.stored[node.input[1]])
+    return np.asarray(factor, np.float32).reshape(-1)

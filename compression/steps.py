@@ -1,0 +1,220 @@
+"""The steps of a recipe, each a function ``(state, settings) -> (state, StepReport)``."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..models.dataset import load_image
+from ..models.detector import OnnxDetector
+from ..models.errors import OutputError, RecipeError
+from ..models.graph import load_model
+from .compensate import refit
+from .cut import chosen_groups, cut
+from .data import photo_labels
+from .export import TorchDetector, export_detector, set_metadata
+from .groups import find_groups
+from .importance import collect_stats
+from .onnx_io import save_model
+from .photos import PhotoStream, calibration_batches
+from .prune import conv_costs, count_macs, plan_pruning
+from .quantize import QuantizeConfig, quantize
+from .recipe import DistillStep, PruneStep, QuantizeStep, VerifyStep
+from .state import NET_KEY, State, StepReport, rows_kept
+from .train import TrainConfig, train
+from .verify import Subject, verify
+
+REFIT_PHOTOS = 64
+REFIT_RIDGE = 0.1
+EXPORT_PHOTOS = 3
+
+
+def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
+    """Removes the channels that matter least, and refits what is left.
+
+    ``macs_ratio`` counts from the original at its own input size, so a smaller ``data.input_hw``
+    already is a part of the saving.
+
+    Raises:
+        RecipeError: The ratio cannot be reached, or the network's head is not known to pruning.
+    """
+    start = time.monotonic()
+    job, net, example = state.job, state.net, state.example
+    whole = count_macs(state.teacher, torch.zeros(1, 3, *state.teacher_spec.input_hw))
+    channels = find_groups(net, example)
+    costs = conv_costs(net, example)
+    now = sum(cost.macs for cost in costs.values())
+    figures: dict[str, Any] = {
+        "macs_original": whole,
+        "macs_before": now,
+        "macs_goal": round(config.macs_ratio * whole),
+    }
+    notes = [f"left alone: {count} channels at {why}" for why, count in channels.frozen.items()]
+    ratio = config.macs_ratio * whole / now
+    if ratio >= 1:
+        notes.insert(0, "nothing to cut: the network is already within the budget")
+        figures["macs_after"] = now
+        return state, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
+    batches = calibration_batches(job.photos.train_paths, state.spec, config.photos)
+    try:
+        stats = collect_stats(net, _bar(batches, "what matters", job.progress), job.seed)
+        plan = plan_pruning(channels, stats, costs, ratio, config.align, config.keep_min)
+        small = cut(net, channels, chosen_groups(channels, plan.removed))
+    except ValueError as error:
+        message = (
+            f"prune.macs_ratio: {config.macs_ratio} of the original's {whole / 1e6:.0f} M "
+            f"multiply-accumulates cannot be had with keep_min {config.keep_min} and align "
+            f"{config.align} ({error}); raise it, or lower those"
+        )
+        raise RecipeError(message) from error
+    changed = state.changed(small.eval(), {"kind": "cut", "removed": plan.removed})  # type: ignore[arg-type]
+    few = batches[: max(1, REFIT_PHOTOS // len(batches[0]))]
+    rows = rows_kept(state.teacher, changed.edits)
+    refit(changed.net, state.teacher, rows, few, ridge=REFIT_RIDGE, progress=job.progress)
+    figures["macs_after"] = count_macs(changed.net, example)
+    figures["layers"] = {name: list(pair) for name, pair in plan.kept.items()}
+    return changed, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
+
+
+def run_distill(state: State, config: DistillStep) -> tuple[State, StepReport]:
+    """Trains the network towards the uncut one; goes on from its checkpoint if there is one."""
+    start = time.monotonic()
+    job = state.job
+    labels = None
+    if config.labels == "auto":
+        teacher = OnnxDetector(state.original)
+        labels = photo_labels(job.photos, state.spec.classes, teacher, job.progress)
+    paths = job.photos.train_paths
+    stream = PhotoStream(paths, state.spec, config.batch, job.seed, labels)
+    settings = TrainConfig(
+        photos=config.photos,
+        batch=config.batch,
+        rate=config.rate,
+        warmup=config.warmup,
+        ema=config.ema,
+        seed=job.seed,
+        save_s=config.save_s,
+        mixed=config.mixed,
+    )
+    try:
+        trained = train(
+            copy.deepcopy(state.net),
+            state.teacher,
+            stream,
+            settings,
+            job.step_folder / "checkpoint.pt",
+            rows_kept(state.teacher, state.edits),
+            progress=job.progress,
+        )
+    except ValueError as error:  # a head that the losses do not know
+        message = f"distill: {error}; leave the step out"
+        raise RecipeError(message) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        message = f"cannot write {job.step_folder}: disk full?; free space or choose another place"
+        raise OutputError(message) from error
+    people = sum(len(d) for d in job.photos.train if d.truths is not None) if labels else 0
+    figures = {
+        "photos": len(paths),
+        "photo_passes": config.photos,
+        "photos_labelled": people,
+        "threads": torch.get_num_threads(),
+    }
+    return state.changed(trained.eval()), StepReport("distill", time.monotonic() - start, figures)
+
+
+def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]:
+    """Exports the network and turns it into 8-bit integers."""
+    start = time.monotonic()
+    job = state.job
+    state = with_file(state)
+    assert state.model is not None
+    model = load_model(state.model)
+    set_metadata(model, NET_KEY, None)  # only float files can be compressed further
+    spec = OnnxDetector(state.model).spec
+    settings = QuantizeConfig(
+        target=job.core,
+        photos_max=config.photos,
+        seed=job.seed,
+        integer_share_min=config.integer_share_min,
+    )
+    result = quantize(
+        model, spec, job.photos.train_paths, settings, progress=_progress(job.progress)
+    )
+    path = job.step_folder / "int8.onnx"
+    save_model(result.model, path, spec)
+    OnnxDetector(path)  # it must run before anything is built on it
+    done = replace(state, model=path, float_model=state.model)
+    return done, StepReport("quantize", time.monotonic() - start, dict(result.report))
+
+
+def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
+    """Compares the result with the original on the photos to measure on."""
+    start = time.monotonic()
+    job = state.job
+    state = with_file(state)
+    assert state.model is not None
+    subject = Subject(
+        state.original,
+        state.model,
+        state.float_model,
+        TorchDetector(state.net, state.spec),
+        job.core,
+    )
+    figures = verify(
+        subject,
+        job.photos.check.limit(config.photos_max),
+        job.photos.check_kind,
+        resamples=config.resamples,
+        latency_rounds=config.latency_rounds,
+        seed=job.seed,
+        progress=job.progress,
+    )
+    notes = tuple(figures.pop("notes"))
+    return state, StepReport("verify", time.monotonic() - start, figures, notes)
+
+
+StepFunction = Callable[[State, Any], tuple[State, StepReport]]
+STEPS: Final[dict[str, StepFunction]] = {
+    "prune": run_prune,
+    "distill": run_distill,
+    "quantize": run_quantize,
+    "verify": run_verify,
+}
+"""Kind of step -> function; a new kind needs an entry here and a class in ``recipe.Step``."""
+
+
+def with_file(state: State) -> State:
+    """Returns the state with an ONNX file of the network as it is; exports it if there is none."""
+    if state.model is not None:
+        return state
+    path = state.job.step_folder / "float.onnx"
+    export_detector(state.net, state.spec, path, sample(state), state.description())
+    return replace(state, model=path, float_model=None)
+
+
+def sample(state: State) -> list[Any]:
+    """Returns a few photos to compare torch and ONNX Runtime on."""
+    photos: Iterable[Path] = state.job.photos.train_paths[:EXPORT_PHOTOS]
+    return [load_image(path) for path in photos]
+
+
+def _bar(batches: list[Tensor], title: str, progress: bool) -> Iterable[Tensor]:
+    bar: Iterable[Tensor] = tqdm(batches, desc=title, unit="batch", disable=not progress)
+    return bar
+
+
+def _progress(shown: bool) -> Callable[..., Any]:
+    def wrap(items: Any, **settings: Any) -> Any:
+        return tqdm(items, disable=not shown, **settings)
+
+    return wrap

@@ -1,0 +1,219 @@
+"""Before and after on the same photos: the same boxes, accuracy, size, speed, integer share."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ..models.dataset import Dataset
+from ..models.detections import Detections
+from ..models.detector import OnnxDetector
+from ..models.evaluate import Detector, run_detector
+from ..models.graph import integer_share, load_model, node_macs, parameters
+from ..models.preprocess import prepare
+from .measure import Parity, parity, score
+
+PARITY_PHOTOS = 32
+CORES = ("cortex-a76", "cortex-a72", "x86-64")
+ARM_MACHINES = ("aarch64", "arm64")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared.
+
+    Attributes:
+        original: The detector as it came in, ONNX.
+        final: The result, ONNX.
+        float_model: The float file that ``final`` was quantized from; None if ``final`` is float.
+        torch_side: The same network in torch; None where there is none.
+        core: Processor core that the result is for.
+    """
+
+    original: Path
+    final: Path
+    float_model: Path | None = None
+    torch_side: Detector | None = None
+    core: str = "cortex-a76"
+
+
+def verify(
+    subject: Subject,
+    data: Dataset,
+    check_kind: str,
+    *,
+    resamples: int = 1000,
+    latency_rounds: int = 60,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compares a compressed detector with what it was made from.
+
+    Args:
+        subject: The files.
+        data: Photos to compare on; AP needs labels, without them it is agreement.
+        check_kind: Where the photos are from: ``data.PhotoSet.check_kind``.
+        resamples: Of the bootstrap.
+        latency_rounds: Alternating runs; 0: not timed.
+        seed: Of the bootstrap.
+        progress: Show bars.
+
+    Returns:
+        JSON-ready figures; ``passed`` says whether the files see what torch sees.
+
+    Raises:
+        ModelFileError: A file cannot be used.
+        DatasetError: A photo cannot be read, or no class is shared.
+    """
+    original, final = OnnxDetector(subject.original), OnnxDetector(subject.final)
+    few = data.limit(PARITY_PHOTOS)
+    pairs: dict[str, Parity] = {}
+    float_file = subject.float_model or subject.final
+    float_found, _ = run_detector(
+        OnnxDetector(float_file), few, progress=progress, score_min=0.05, title="float file"
+    )
+    if subject.torch_side is not None:
+        torch_found, _ = run_detector(
+            subject.torch_side, few, progress=progress, score_min=0.05, title="torch"
+        )
+        pairs["torch and float file"] = parity(torch_found, float_found)
+    before, _ = run_detector(original, data, progress=progress, title="before")
+    after, _ = run_detector(final, data, progress=progress, title="after")
+    classes = final.spec.classes
+    result: dict[str, Any] = {
+        "photos": len(data),
+        "photos_from": check_kind,
+        "labels": data.truths is not None,
+        "parity": {name: pair.to_json() for name, pair in pairs.items()},
+        "before": score(before, before, classes, data, resamples, seed).to_json(),
+        "after": score(after, before, classes, data, resamples, seed).to_json(),
+        "agreement": _agreement(after, before, data),
+        "size": {
+            "before": _size(subject.original),
+            "after": _size(subject.final),
+            "ratio": subject.final.stat().st_size / subject.original.stat().st_size,
+        },
+        "integer": _integer(subject.final, subject.core),
+        "latency": latency(original, final, data, latency_rounds),
+        "cores": costs_by_core(subject.core),
+    }
+    result["passed"] = all(pair.same for pair in pairs.values())
+    result["notes"] = _notes(result)
+    return result
+
+
+def _agreement(
+    after: Sequence[Detections], before: Sequence[Detections], data: Dataset
+) -> dict[str, Any]:
+    plain = Dataset(data.name, data.photos)
+    return score(after, before, (), plain).to_json()
+
+
+def latency(a: OnnxDetector, b: OnnxDetector, data: Dataset, rounds: int) -> dict[str, Any] | None:
+    """Times the bare networks of two detectors in turn, one thread, on one photo.
+
+    Taking turns lets both meet the same disturbances of a busy machine.
+
+    Returns:
+        Median milliseconds of both, the median of the rounds' ratios, and its quartiles; None if
+        ``rounds`` is 0.
+    """
+    if rounds < 1:
+        return None
+    image = data.photos[0].load()
+    inputs = [prepare(image, d.spec)[0] for d in (a, b)]
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds + 3):
+        for which, detector in enumerate((a, b)):
+            took = _timed(detector, inputs[which])
+            if turn >= 3:  # the first ones warm the caches
+                times[which].append(took)
+    ratios = [y / x for x, y in zip(*times, strict=True)]
+    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return {
+        "before_ms": statistics.median(times[0]),
+        "after_ms": statistics.median(times[1]),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [quarters[0], quarters[2]],
+        "rounds": rounds,
+        "threads": 1,
+    }
+
+
+def _timed(detector: OnnxDetector, tensor: npt.NDArray[Any]) -> float:
+    start = time.perf_counter()
+    detector.infer(tensor)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _size(path: Path) -> dict[str, Any]:
+    model = load_model(path)
+    return {
+        "bytes": path.stat().st_size,
+        "parameters": parameters(model),
+        "macs": sum(node_macs(model).values()),
+    }
+
+
+def _integer(path: Path, core: str) -> dict[str, Any]:
+    """Returns which share of the convolution MACs this machine's ONNX Runtime does in integers."""
+    with tempfile.TemporaryDirectory(prefix="edgesight-") as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        OnnxDetector(path, optimized_path=optimised)
+        report = integer_share(load_model(path), optimised)
+    machine = platform.machine()
+    here = (machine in ARM_MACHINES) == core.startswith("cortex")
+    note = (
+        None
+        if here
+        else (f"read from ONNX Runtime's graph on {machine}; it makes another one for {core}")
+    )
+    return {
+        "share": report.share,
+        "machine": machine,
+        "note": note,
+        "float_convs": list(report.float_convs)[:20],
+        "ops": report.ops,
+        "quantized": "QuantizeLinear" in {n.op_type for n in load_model(path).graph.node},
+    }
+
+
+def costs_by_core(core: str) -> list[dict[str, Any]]:
+    """Returns what the model costs on each known core; n/a with the reason where not known."""
+    reason = "not measured: counting instructions of another core needs an emulator"
+    return [
+        {"core": name, "target": name == core, "instructions": None, "reason": reason}
+        for name in CORES
+    ]
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    notes = []
+    if result["photos_from"] == "same photos":
+        notes.append(
+            f"measured on the {result['photos']} photos that it was made with (too few to hold any "
+            "out): the figures flatter"
+        )
+    for name, pair in result["parity"].items():
+        if not pair["same"]:
+            notes.append(
+                f"{name} do not see the same: {pair['lost']} of {pair['boxes']} boxes differ, "
+                f"coordinates by up to {pair['box_px']} px, scores by up to {pair['score']}"
+            )
+    timed = result["latency"]
+    if timed is not None and timed["ratio"] > 1:
+        notes.append(f"it is slower on this machine ({platform.machine()}), not faster")
+    if result["integer"]["quantized"] and result["integer"]["note"]:
+        notes.append(f"integer share {result['integer']['note']}")
+    for key in ("before", "after"):
+        if result[key]["note"] and result[key]["note"] not in notes:
+            notes.append(result[key]["note"])
+    return notes
