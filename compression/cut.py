@@ -91,7 +91,7 @@ def cut(net: nn.Module, channels: ChannelMap, chosen: Iterable[int]) -> nn.Modul
     modules = dict(result.named_modules())
     chosen = set(chosen)
     rows, columns = _touched(channels, chosen)
-    for name in rows.keys() | columns.keys():
+    for name in sorted(rows.keys() | columns.keys()):
         _cut_module(name, modules[name], rows[name], columns[name])
     for path, (read, made) in channels.picks.items():
         owner, _, attribute = path.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import queue
 import threading
@@ -32,8 +33,8 @@ def calibration_batches(
     paths: Sequence[Path], spec: ModelSpec, count: int, batch: int = 8
 ) -> list[Tensor]:
     """Returns ``count`` photos spread evenly over ``paths``, in batches, not augmented."""
-    step = max(1, len(paths) // count)
-    chosen = list(paths)[::step][:count]
+    index = np.linspace(0, len(paths) - 1, min(max(count, 1), len(paths))).round().astype(int)
+    chosen = [paths[i] for i in index]
     tensors = [as_tensor(load_image(path), spec) for path in chosen]
     return [torch.cat(tensors[k : k + batch]) for k in range(0, len(tensors), batch)]
 
@@ -138,6 +139,15 @@ class PhotoStream:
     ) -> None:
         self.paths, self.spec, self.batch, self.seed = paths, spec, batch, seed
         self.labels, self.ahead = labels, ahead
+
+    def description(self) -> list[str]:
+        """Returns what the stream's batches depend on, to tell one run from another."""
+        digest = hashlib.sha256()
+        for labels in self.labels or ():
+            for column in (labels.xyxy, labels.label, labels.weight):
+                digest.update(np.ascontiguousarray(column).tobytes())
+        names = [path.name for path in self.paths]
+        return [self.spec.to_json(), str(self.batch), str(self.seed), digest.hexdigest(), *names]
 
     def make(self, step: int) -> Batch:
         """Returns batch number ``step``."""

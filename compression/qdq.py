@@ -153,19 +153,23 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
     return Layout(frozenset(nodes), tuple(on_grid), {name: first(name) for name in on_grid})
 
 
-def weight_scales(flat: FloatArray, least: FloatArray) -> FloatArray:
+def weight_scales(
+    flat: FloatArray, least: FloatArray, power: npt.NDArray[Any] | None = None
+) -> FloatArray:
     """Returns the symmetric 8-bit scale per output channel with the least square error.
 
     Args:
         flat: Weights, ``(channels, weights per channel)``; a channel may be all zero.
         least: No scale is smaller than this.
+        power: What the square error of each weight is multiplied by.
     """
     top = np.maximum(np.abs(flat).max(axis=1) / 127, least)
     best, cost = top, np.full(len(flat), np.inf, np.float32)
     for shrink in np.arange(1.0, 0.59, -0.04):
         scale = np.maximum(top * np.float32(shrink), least)
         codes = np.clip(np.rint(flat / scale[:, None]), -127, 127)
-        error = ((codes * scale[:, None] - flat) ** 2).sum(axis=1)
+        square = (codes * scale[:, None] - flat) ** 2
+        error = (square if power is None else square * power).sum(axis=1)
         better = error < cost
         best, cost = np.where(better, scale, best), np.where(better, error, cost)
     chosen: FloatArray = best.astype(np.float32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +124,7 @@ def train(
     steps = max(1, math.ceil(config.photos / config.batch))
     averaged = copy.deepcopy(net).eval()
     optimizer = RelativeAdam([p for p in net.parameters() if p.requires_grad], config.rate)
-    key = run_key(net, config)
+    key = run_key(net, config, stream, rows)
     first = _resume(checkpoint, key, net, averaged, optimizer)
     teacher = teacher.eval()
     mine, theirs = FeatureTap(net), FeatureTap(teacher, rows)
@@ -131,12 +134,13 @@ def train(
         for batch in stream.batches(first, steps):
             for group in optimizer.param_groups:
                 group["rate"] = config.rate * _schedule(step / steps, config.warmup)
-            terms = _step(net, teacher, mine, theirs, batch, config, optimizer)
-            step += 1
-            decay = min(config.ema, step / (step + 10))
-            with torch.no_grad():
-                for ours, new in zip(averaged.parameters(), net.parameters(), strict=True):
-                    ours.lerp_(new, 1 - decay)
+            with _undisturbed():  # a step counts whole or not at all, also at Ctrl-C
+                terms = _step(net, teacher, mine, theirs, batch, config, optimizer)
+                step += 1
+                decay = min(config.ema, step / (step + 10))
+                with torch.no_grad():
+                    for ours, new in zip(averaged.parameters(), net.parameters(), strict=True):
+                        ours.lerp_(new, 1 - decay)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             if time.monotonic() - saved_s > config.save_s:
@@ -181,7 +185,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return {name: float(term) for name, term in terms.items()}
+    return {name: float(term.detach()) for name, term in terms.items()}
 
 
 def _schedule(part: float, warmup: float) -> float:
@@ -191,11 +195,34 @@ def _schedule(part: float, warmup: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (part - warmup) / (1 - warmup)))
 
 
-def run_key(net: nn.Module, config: TrainConfig) -> str:
-    """Returns what tells one run from another: the network's shapes and the settings."""
+def run_key(
+    net: nn.Module,
+    config: TrainConfig,
+    stream: PhotoStream,
+    rows: dict[str, Tensor] | None = None,
+) -> str:
+    """Returns what tells one run from another: shapes, settings, photos, labels, input size."""
     shapes = {name: list(p.shape) for name, p in net.named_parameters()}
-    text = json.dumps([shapes, asdict(config)], sort_keys=True)
+    kept = {name: index.tolist() for name, index in (rows or {}).items()}
+    parts = [shapes, asdict(config), kept, stream.description()]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds back Ctrl-C until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def save_checkpoint(
@@ -214,8 +241,8 @@ def save_checkpoint(
         "averaged": averaged.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 def _resume(
@@ -237,9 +264,3 @@ def _resume(
     except Exception as error:  # a damaged pickle can end in nearly any exception
         message = f"{path}: expected a checkpoint, found one that cannot be read; remove it"
         raise ModelFileError(message) from error
-
-
-def spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """Returns ``count`` paths spread evenly over all."""
-    step = max(1, len(paths) // max(1, count))
-    return list(paths)[::step][:count]

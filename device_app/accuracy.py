@@ -20,6 +20,7 @@ from ..models.dataset import ClassMap, map_classes
 from ..models.detections import Detections
 from ..models.detector import SCORE_MIN_EVAL, OnnxDetector
 from ..models.errors import EdgeSightError, ModelFileError
+from ..models.files import is_file
 from ..models.zoo import shipped_float
 from .frame import Frame
 from .latest import Latest
@@ -182,6 +183,7 @@ class ReferenceAccuracy:
         self._score, self._required = score, required
         self._pause_per_work = 100 / budget_percent - 1
         self._why_none: str | None = None
+        self._note = ""
         self._running = RunningAgreement()
         self._compared = 0
         self._lock = threading.Lock()
@@ -216,7 +218,7 @@ class ReferenceAccuracy:
         figures["text"] = (
             f"agreement with {name}: F1 {result.f1.value:.1f} % "
             f"({result.f1.low:.1f} to {result.f1.high:.1f}) at IoU 0.5, "
-            f"score {self._score:g}, {result.frames} frames"
+            f"score {self._score:g}, {result.frames} frames{self._note}"
         )
         return figures
 
@@ -246,6 +248,10 @@ class ReferenceAccuracy:
             if detector is None or shared is None:
                 detector = OnnxDetector(self._path, head=self._head)
                 shared = map_classes(self._classes, detector.spec.classes)
+                if shared.note(self._classes, detector.spec.classes):
+                    self._note = (
+                        f"; only the {len(shared.names)} classes count that both models have"
+                    )
                 item = self._slot.get(0) or item  # loading took time: rather a newer frame
             self._wanting = False
             began = time.thread_time()
@@ -296,7 +302,7 @@ def open_accuracy(
         path = Path(reference) if reference is not None else shipped_float()
     except ModelFileError:
         return NoAccuracy("no labels, and no reference model here; --reference FILE names one")
-    if not path.is_file():
+    if not is_file(path):
         message = (
             f"--reference: expected an ONNX model or 'none', found no file {path}; check the path"
         )

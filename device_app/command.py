@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -192,8 +193,9 @@ def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bo
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        # A second Ctrl-C must not cut off the end of a video; all of this takes a second at most.
-        _on_signal(signal.SIGINT, signal.SIG_IGN)
+        # A second signal must not cut off the end of a video; all of this takes a second at most.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _on_signal(number, signal.SIG_IGN)
         loop.stop_unless_done()
         source.close()
         loop.finish()
@@ -252,8 +254,11 @@ def open_server(live: Any, host: str, port: int | None) -> Server:
     if port is not None:
         return start_server(live, host, port)
     for candidate in range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED):
-        with contextlib.suppress(OutputError):
+        try:
             return start_server(live, host, candidate)
+        except OutputError as error:
+            if getattr(error.__cause__, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
+                raise  # a host that is not ours will not become so with another port
     return start_server(live, host, 0)
 
 

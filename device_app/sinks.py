@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..models.detections import Detections
 from ..models.errors import OutputError
+from ..models.files import check_replaceable
 from ..models.preprocess import Image
 from .frame import Frame
 from .sources_opencv import quiet_opencv
@@ -190,6 +192,7 @@ class VideoSink:
         self._written = 0
         self._first: Frame | None = None
         self._closed = False
+        self._lock = threading.RLock()  # OpenCV crashes if a file is closed while it is written
         quiet_opencv()
         try:
             self._part.touch()
@@ -210,17 +213,21 @@ class VideoSink:
         fitted = _fitted(picture, self._size_wh)
         # Not for ever: after a long loss of the camera the video jumps.
         for _ in range(min(due + 1 - self._frames, round(FILL_MAX_S * self._fps))):
-            if self._written % 50 == 0:
-                self._check_space()
-            self._writer.write(fitted)
-            self._written += 1
+            with self._lock:
+                if self._closed:
+                    return
+                if self._written % 50 == 0:
+                    self._check_space()
+                self._writer.write(fitted)
+                self._written += 1
         self._frames = max(self._frames, due + 1)
 
     def close(self, complete: bool = True) -> Path | None:
         """Writes the end of the file, checks that it can be read, and gives it its name."""
-        if self._closed:
-            return None
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return None
+            self._closed = True
         if self._writer is None:  # no frame came: no video
             self._part.unlink(missing_ok=True)
             return None
@@ -245,7 +252,8 @@ class VideoSink:
 
     def discard(self) -> None:
         """Removes the growing file."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         if self._writer is not None:
             self._writer.release()
         self._part.unlink(missing_ok=True)
@@ -278,12 +286,10 @@ class VideoSink:
 
 def _part_of(path: Path) -> Path:
     try:
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    if path.is_dir():
-        message = f"{path}: expected the name of a file, found a folder; add a file name"
-        raise OutputError(message)
     return path.with_name(path.name + ".part")
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ..models.dataset import PHOTO_SUFFIXES, GroundTruth
 from ..models.errors import SourceError
+from ..models.files import is_folder
 from ..models.preprocess import Image
 from .frame import Frame
 
@@ -212,8 +213,9 @@ class ReopeningSource:
     def close(self) -> None:
         """Ends a waiting ``read`` and gives the device back."""
         self._closing.set()
-        if self._inner is not None:
-            self._inner.close()
+        inner = self._inner  # the reading thread may take it away meanwhile
+        if inner is not None:
+            inner.close()
 
     def _reopen(self) -> None:
         if self._closing.is_set():
@@ -301,13 +303,13 @@ def open_source(text: str, *, max_speed: bool = False, loop: bool = False) -> So
 
         return SampleFootage(paced=not max_speed)
     path = Path(text.removeprefix("file://")).expanduser()
-    if not path.exists():
+    if not text or not _exists(path):
         message = (
-            f"{text}: expected a video, a photo, a folder, a camera number, an address or "
-            "'samples', found no such file; check the path"
+            f"{text or '--source'}: expected a video, a photo, a folder, a camera number, an "
+            "address or 'samples', found no such file; check the path"
         )
         raise SourceError(message)
-    if path.is_dir() or path.suffix.lower() in (".json", *PHOTO_SUFFIXES):
+    if is_folder(path) or path.suffix.lower() in (".json", *PHOTO_SUFFIXES):
         from .sources_photos import open_photos
 
         return open_photos(path, paced=not max_speed, loop=loop)
@@ -316,6 +318,13 @@ def open_source(text: str, *, max_speed: bool = False, loop: bool = False) -> So
     return VideoFile(str(path), paced=not max_speed, loop=loop)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that is closed to us
+        return False
+
+
 def redacted(address: str) -> str:
     """Returns an address without the user name and password in it."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "***@", address)
+    return re.sub(r"(?<=://)[^/\s]*@", "***@", address)

@@ -12,6 +12,7 @@ import numpy as np
 
 from .dataset import OUTSIDE_MAX, Dataset, GroundTruth, Photo
 from .errors import DatasetError
+from .files import is_file, is_folder
 
 
 def open_coco(file: Path, name: str) -> Dataset:
@@ -101,7 +102,7 @@ class _Coco:
         parent = self.file.parent
         official = self.file.stem.removeprefix("instances_")
         folders = [parent / "images", parent, parent.parent / "images", parent.parent / official]
-        return [folder for folder in folders if folder.is_dir()]
+        return [folder for folder in folders if is_folder(folder)]
 
     def _photo_path(self, number: int, name: Any, folders: Sequence[Path]) -> Path:
         what = f"image {number}: file_name"
@@ -111,10 +112,10 @@ class _Coco:
         if pure.anchor or name.startswith("/") or ".." in pure.parts:
             self._fail(what, "a path below the photo folder", repr(name)[:80])
         for folder in folders:
-            if (folder / name).is_file():
+            if is_file(folder / name):
                 return folder / name
         places = " or ".join(str(folder) for folder in folders[:2])
-        self._fail(what, f"a photo in {places}", f"no file {name!r}", "copy the photos too")
+        self._fail(what, f"a photo in {places}", f"no file {name[:80]!r}", "copy the photos too")
 
     def _annotations(
         self, photos: Mapping[int, Photo], category_to_label: Mapping[int, int]

@@ -16,6 +16,7 @@ from .boxes import box_area
 from .coco import canonical_name
 from .detections import BoolArray, Detections, FloatArray, IntArray
 from .errors import DatasetError
+from .files import is_file, is_folder
 from .preprocess import Image
 
 PHOTO_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -294,11 +295,11 @@ def open_dataset(path: Path | str) -> Dataset:
     from .coco_json import open_coco  # it needs the types above
 
     path = Path(path)
-    if path.is_dir():
-        if (path / COCO_FILE).is_file():
+    if is_folder(path):
+        if is_file(path / COCO_FILE):
             return open_coco(path / COCO_FILE, path.resolve().name)
         return _open_folder(path)
-    if not path.is_file():
+    if not is_file(path):
         message = (
             f"{path}: expected a folder of photos or a COCO JSON file, found nothing there; "
             "check the path"
@@ -310,6 +311,7 @@ def open_dataset(path: Path | str) -> Dataset:
 def _open_folder(folder: Path) -> Dataset:
     found: list[Path] = []
     try:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix == ".json")
         for parent, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [
@@ -317,11 +319,10 @@ def _open_folder(folder: Path) -> Dataset:
                 for name in files
                 if name.lower().endswith(PHOTO_SUFFIXES) and not name.startswith(".")
             ]
-    except OSError as error:
+    except OSError as error:  # only of the folder itself: os.walk passes over closed ones below it
         message = f"{folder}: expected a folder of photos, found: {error.strerror or error}"
         raise DatasetError(message) from error
     if not found:
-        others = sorted(p.name for p in folder.iterdir() if p.suffix == ".json")
         hint = f"; if {others[0]} is a COCO file, name it itself" if others else ""
         message = (
             f"{folder}: expected photos ({', '.join(s[1:] for s in PHOTO_SUFFIXES)}), "

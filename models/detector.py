@@ -14,6 +14,7 @@ import onnxruntime as ort
 from .boxes import nms_per_class
 from .detections import Detections, FloatArray
 from .errors import ModelFileError
+from .files import is_file
 from .heads import HEADS
 from .preprocess import Image, Placement, prepare
 from .recognise import read_spec
@@ -136,7 +137,7 @@ def decode(
 
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     """Opens an ONNX file, or raises ``ModelFileError`` with one clear line."""
-    if not path.is_file():
+    if not is_file(path):
         message = f"{path}: expected an ONNX model, found no such file"
         raise ModelFileError(message)
     try:

@@ -14,6 +14,39 @@ from typing import Any
 from .errors import OutputError
 
 
+def is_file(path: Path) -> bool:
+    """Returns whether a file is there; False, too, where the system refuses to look.
+
+    ``Path.is_file`` raises for names that are too long and for folders that are closed to us.
+    """
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Returns whether a folder is there; False, too, where the system refuses to look."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuses what a finished file must not take the place of: a folder, or a device.
+
+    Raises:
+        OutputError: ``target`` is there and no file, as ``/dev/null`` is.
+        OSError: The system refuses to look.
+    """
+    in_dev = target.absolute().parent == Path("/dev")  # /dev/stdout may lead to a plain file
+    if in_dev or (target.exists() and not target.is_file()):
+        found = "a folder" if target.is_dir() else "a device"
+        message = f"{target}: expected the name of a file, found {found}; choose a file name"
+        raise OutputError(message)
+
+
 @contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside ``target``, renamed onto it when the block succeeds.
@@ -21,11 +54,13 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     If the block raises, the temporary file is removed and an earlier ``target`` stays as it was.
 
     Raises:
-        OutputError: The folder or the file cannot be written (no permission, disk full).
+        OutputError: The folder or the file cannot be written (no permission, disk full), or
+            ``target`` is a device.
     """
     target = Path(target)
     temporary: Path | None = None
     try:
+        check_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix

@@ -47,6 +47,9 @@ def read_spec(
         for name in HEADS
         if (classes := class_count(name, input_hw, list(outputs.values()))) is not None
     }
+    if head is None and (other := _other_task(fits, metadata)):
+        message = f"expected a detector, found {other}; export a detection model, or name its head"
+        raise ModelFileError(message)
     chosen = head if head is not None else next(iter(fits), None)
     found = ", ".join(f"{n} {list(s)}" for n, s in outputs.items())
     if chosen is None or chosen not in fits or (head is None and len(fits) > 1):
@@ -131,16 +134,36 @@ def _input_hw(inputs: Mapping[str, Shape]) -> tuple[int, int]:
     raise ModelFileError(message)
 
 
-def _class_names(count: int, metadata: Mapping[str, str], background: bool) -> tuple[str, ...]:
-    """Returns names from the ``names`` metadata that many exporters write, COCO's, or numbers."""
+def _other_task(fits: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
+    """Returns what a file says it is, if its outputs only look like a detector's.
+
+    A pose or oriented-box network of YOLOv8 has a detector's output with more rows.
+    """
+    task = metadata.get("task", "detect")
+    if task != "detect":
+        return f"a model for the task {task!r}"
+    names = _stored_names(metadata)
+    if fits and names is not None and len(names) not in fits.values():
+        return f"{len(names)} class names for outputs of {', '.join(map(str, fits.values()))}"
+    return None
+
+
+def _stored_names(metadata: Mapping[str, str]) -> list[str] | None:
+    """Returns the ``names`` that many exporters write; None where there are none."""
     try:
         names = ast.literal_eval(metadata.get("names", ""))
         if isinstance(names, dict):
             names = [names[i] for i in range(len(names))]
-        if isinstance(names, list) and len(names) == count:
-            return tuple(str(name) for name in names)
     except (ValueError, SyntaxError, KeyError, MemoryError, RecursionError):
-        pass
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _class_names(count: int, metadata: Mapping[str, str], background: bool) -> tuple[str, ...]:
+    """Returns the names stored in the file, COCO's, or numbers."""
+    names = _stored_names(metadata)
+    if names is not None and len(names) == count:
+        return tuple(names)
     if count == len(COCO_CLASSES):
         return COCO_CLASSES
     if background and count == 90:  # torchvision numbers COCO's classes with COCO's category ids

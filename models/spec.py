@@ -74,6 +74,7 @@ class ModelSpec:
         )
         names_ok = bool(self.classes) and all(isinstance(c, str) for c in self.classes)
         checks: tuple[tuple[bool, str, object], ...] = (
+            (isinstance(self.head, str), "head", "a name"),
             (self.version == SPEC_VERSION, "version", SPEC_VERSION),
             (self.color in COLORS, "color", COLORS),
             (self.resize in RESIZES, "resize", RESIZES),
@@ -108,7 +109,7 @@ class ModelSpec:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"model spec: expected JSON, found {text[:40]!r}; export the model again"
             raise ModelFileError(message) from error
         known = {field.name for field in fields(cls)}

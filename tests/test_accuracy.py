@@ -207,6 +207,7 @@ def test_only_shared_classes_count(tmp_path: Path) -> None:
     figures = wait_for(accuracy, 1)
     accuracy.close()
     assert figures["f1"] == 100
+    assert "only the 1 classes count that both models have" in figures["text"]
 
 
 def test_nothing_to_compare_is_said(tmp_path: Path) -> None:

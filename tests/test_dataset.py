@@ -197,6 +197,13 @@ def test_missing_places_and_photos(tiny_coco: Any, tmp_path: Path) -> None:
     (folder / "images" / "2.png").unlink()
     with pytest.raises(DatasetError, match=r"image 2: .*found no file '2.png'; copy the photos"):
         open_dataset(folder)
+    content = json.loads((folder / "instances.json").read_text())
+    content["images"][1]["file_name"] = "a" * 300
+    (folder / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=r"image 2: .*found no file 'aaa"):
+        open_dataset(folder)
+    with pytest.raises(DatasetError, match="found nothing there"):
+        open_dataset(tmp_path / ("a" * 300))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])

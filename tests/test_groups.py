@@ -165,7 +165,7 @@ def test_no_channel_left_is_refused() -> None:
     net = kit.folded()
     channels = find_groups(net, kit.EXAMPLE)
     stem = [n for n, g in enumerate(channels.groups) if g.makers[0][0] == "stem"]
-    with pytest.raises(ValueError, match="at least one channel left in stem"):
+    with pytest.raises(ValueError, match=r"at least one channel left in down\.0"):
         cut(net, channels, stem)
 
 

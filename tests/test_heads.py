@@ -317,3 +317,14 @@ def test_a_yolov8_export_gives_its_boxes(tiny_onnx: Any) -> None:
     assert found.label.tolist() == [1, 0]
     np.testing.assert_allclose(found.score, [0.9, 0.7], rtol=1e-6)
     np.testing.assert_allclose(found.xyxy, [[4, 0, 12, 16], [20, 6, 28, 10]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [({"task": "pose"}, "task 'pose'"), ({"names": "{0: 'person'}"}, "1 class names")],
+)
+def test_what_only_looks_like_a_detector_is_refused(metadata: dict[str, str], says: str) -> None:
+    inputs, outputs = {"images": (1, 3, 64, 64)}, {"output0": (1, 56, 84)}
+    with pytest.raises(ModelFileError, match=says):
+        read_spec(inputs, outputs, metadata)
+    assert read_spec(inputs, outputs, metadata, "yolov8").head == "yolov8"

@@ -43,14 +43,20 @@ class FakeServer:
 def test_default_port_moves_on_and_a_chosen_one_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import errno
+    import socket
     import types
 
     def start_server(live: Any, host: str, port: int) -> FakeServer:
         if port in (8765, 8766):
             message = f"{host}:{port}: expected a free port, found it in use; choose another"
-            raise OutputError(message)
+            raise OutputError(message) from OSError(errno.EADDRINUSE, "in use")
+        asked.append(port)
+        if host == "nowhere":
+            raise OutputError(host) from socket.gaierror(socket.EAI_NONAME, "unknown")
         return FakeServer(host, port)
 
+    asked: list[int] = []
     fake = types.ModuleType("edgesight.device_app.web.server")
     fake.start_server = start_server  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "edgesight.device_app.web.server", fake)
@@ -58,6 +64,10 @@ def test_default_port_moves_on_and_a_chosen_one_does_not(
     assert command.open_server(None, "127.0.0.1", 9000).url == "http://127.0.0.1:9000/"
     with pytest.raises(OutputError, match="8765"):
         command.open_server(None, "127.0.0.1", 8765)
+    asked.clear()
+    with pytest.raises(OutputError, match="nowhere"):  # told at once: each look-up takes seconds
+        command.open_server(None, "nowhere", None)
+    assert asked == [8767]
 
 
 def said(url: str, host: str) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgesight.device_app.frame import Frame
 from edgesight.device_app.sinks import JsonlSink, VideoSink
 from edgesight.models.detections import Detections
 from edgesight.models.errors import OutputError
+from edgesight.models.files import write_text
 
 CLASSES = ("person", "car")
 FOUND = Detections(
@@ -228,7 +230,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="expected the name of a file, found a device"):
             make()
     assert pipe.is_fifo()
-    assert os.listdir(tmp_path) == ["pipe.mp4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.mp4"]
 
 
 def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from edgesight.device_app import sources_photos
@@ -21,6 +22,8 @@ from edgesight.device_app.sources import (
     Source,
     open_source,
 )
+from edgesight.device_app.sources_photos import PhotoFolder
+from edgesight.models.dataset import Dataset, GroundTruth, Photo
 from edgesight.models.errors import DatasetError, SourceError
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
@@ -225,3 +228,20 @@ def test_empty_folder_and_corrupt_photo_are_errors(tmp_path: Path) -> None:
     assert source.read() is not None
     with pytest.raises(DatasetError, match=r"b\.png"):
         source.read()
+
+
+@pytest.mark.parametrize("text", ["a" * 300, ""])
+def test_nonsense_as_a_source_is_one_line(text: str) -> None:
+    with pytest.raises(SourceError, match="found no such file"):
+        open_source(text)
+
+
+def test_a_second_lap_is_no_further_evidence(tmp_path: Path) -> None:
+    truth = GroundTruth.of_boxes(np.array([[0, 0, 9, 9]], np.float32), np.array([0]))
+    path = tmp_path / "a.png"
+    cv2.imwrite(os.fspath(path), np.zeros((10, 10, 3), np.uint8))
+    source = PhotoFolder(
+        Dataset("a", (Photo(path, 1),), ("cat",), (truth,)), paced=False, loop=True
+    )
+    laps = [source.read() for _ in range(3)]
+    assert [lap is not None and lap.truth is not None for lap in laps] == [True, False, False]

@@ -161,6 +161,7 @@ def test_unknown_scheme_and_dead_address_are_source_errors(camera: Any) -> None:
 
 def test_passwords_are_not_shown() -> None:
     assert redacted("rtsp://me:pass@10.0.0.2/a@b") == "rtsp://***@10.0.0.2/a@b"
+    assert redacted("rtsp://me:p@ss@10.0.0.2/live") == "rtsp://***@10.0.0.2/live"
     assert redacted("rtsp://10.0.0.2/live") == "rtsp://10.0.0.2/live"
 
 

@@ -69,3 +69,11 @@ def test_an_unknown_key_means_a_newer_file(tiny_spec: ModelSpec) -> None:
     values = json.loads(tiny_spec.to_json()) | {"rotation": 3}
     with pytest.raises(ModelFileError, match=r"unknown key 'rotation'.*newer edgesight"):
         ModelSpec.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"head": [], "input_hw": [8, 8], "classes": ["a"]}']
+)
+def test_hostile_specs_are_one_line(text: str) -> None:
+    with pytest.raises(ModelFileError, match="model spec"):
+        ModelSpec.from_json(text)

@@ -104,6 +104,7 @@ def test_page_is_whole_and_brings_nothing_from_elsewhere(server: Server) -> None
         assert b"https://" not in body
         assert "default-src 'self'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_stream_gives_newer_and_newer_pictures(server: Server, live: LiveView) -> None:
@@ -283,6 +284,7 @@ def test_controls_change_what_the_loop_reads(server: Server, live: LiveView) -> 
     [
         {"score_min": 1.5}, {"score_min": "0.5"}, {"score_min": True}, {"boxes": 1}, {"other": 1},
         {"boxes": False, "score_min": -1}, {}, [], b"not json", b'{"score_min": NaN}', b" " * 9999,
+        b"[" * 4000, b'{"score_min": 1' + b"0" * 400 + b"}",
     ],
 )  # fmt: skip
 def test_wrong_controls_change_nothing(server: Server, live: LiveView, body: Any) -> None:

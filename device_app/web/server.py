@@ -46,6 +46,7 @@ SECURITY = {
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
 
@@ -302,7 +303,7 @@ async def _change(live: LiveView, request: Request) -> str | None:
             return f"expected at most {BODY_MAX} bytes, found more"
     try:
         wanted: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "expected a JSON object, found something else"
     if not isinstance(wanted, dict) or not wanted or wanted.keys() - {"boxes", "score_min"}:
         return "expected an object with boxes and/or score_min, found other keys"
@@ -311,8 +312,8 @@ async def _change(live: LiveView, request: Request) -> str | None:
     if not isinstance(boxes, bool):
         return f"boxes: expected true or false, found {boxes!r}"
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
-    if not number or not math.isfinite(score) or not 0 <= score <= 1:
-        return f"score_min: expected a number within 0..1, found {score!r}"
+    if not number or not 0 <= score <= 1:  # false for NaN, too
+        return f"score_min: expected a number within 0..1, found {str(score)[:40]}"
     live.controls.score_min = float(score)
     live.controls.boxes = boxes
     return None
