@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MissingExtraError, ModelFileError
+from .files import is_file
 
 MAC_OPS = ("Conv", "Gemm", "MatMul")
 FLOAT_CONV_OPS = ("Conv", "FusedConv", "NhwcFusedConv")
@@ -52,7 +53,7 @@ def load_model(path: Path | str) -> Any:
     """
     onnx = require_onnx()
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         message = f"{path}: expected an ONNX model, found no such file"
         raise ModelFileError(message)
     try:

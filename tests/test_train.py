@@ -112,8 +112,17 @@ def test_resumed_equals_uninterrupted_to_the_bit(paths: list[Path], tmp_path: Pa
 def test_a_finished_run_is_not_run_again(paths: list[Path], tmp_path: Path) -> None:
     config = replace(CONFIG, photos=8)
     first = train(student(), kit.folded(), stream(paths), config, tmp_path / "c.pt", progress=False)
-    again = train(student(), kit.folded(), stream([]), config, tmp_path / "c.pt", progress=False)
+    idle = stream(paths)
+    idle.make = None  # a batch that was made all the same would raise
+    again = train(student(), kit.folded(), idle, config, tmp_path / "c.pt", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
+
+
+def test_a_checkpoint_of_other_photos_is_refused(paths: list[Path], tmp_path: Path) -> None:
+    config = replace(CONFIG, photos=4)
+    train(student(), kit.folded(), stream(paths), config, tmp_path / "c.pt", progress=False)
+    with pytest.raises(ModelFileError, match="found another's; remove it"):
+        train(student(), kit.folded(), stream(paths[:-1]), config, tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("width", [16, 24])
