@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -141,6 +142,7 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
 def demo_recipe() -> Recipe:
     """Returns the recipe of the demonstration: everything once, in a minute or two."""
     from .recipe import make_recipe
+    from .verify import ARM_MACHINES
 
     samples = Path(__file__).parent.parent / "device_app" / "samples"
     if not samples.is_dir():
@@ -151,6 +153,7 @@ def demo_recipe() -> Recipe:
         "out": str(DEMO_OUT),
         "model": "shipped",
         "data": {"photos": str(samples)},
+        "target": {"core": "cortex-a76" if platform.machine() in ARM_MACHINES else "x86-64"},
         "steps": DEMO_STEPS,
     }
     return make_recipe(values, Path.cwd(), "demo")

@@ -20,6 +20,7 @@ from .export import TOLERANCE, set_metadata
 from .onnx_io import fold_preprocess, save_model, tidy
 from .quantize import QuantizeConfig, quantize
 from .report import finite, machine
+from .slim import shorten_names
 from .state import NET_KEY
 from .verify import Subject, verify
 
@@ -75,6 +76,7 @@ def quantize_file(
         return tqdm(items, disable=not progress, **options)
 
     result = quantize(plain, folded, found.train_paths, settings, progress=bars)
+    shorten_names(result.model)
     with tempfile.TemporaryDirectory(prefix="edgesight-") as folder:
         before, after = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         save_model(plain, before, folded)

@@ -41,6 +41,8 @@ CLIPPING_OPS = ("Relu", "Clip")
 """Run inside the integer convolution before them: the lower end of the grid does the work."""
 DEQUANTIZED = "/dq"
 """Ending of a tensor's value after it was rounded to its grid."""
+FACTOR_STEP = 1 / 16
+"""Factors of equalisation are multiples of it, so that 8 bits hold them exactly."""
 INTEGER_READY = (*WEIGHT_OPS, *SAME_GRID_OPS, *ARITHMETIC_OPS, *CLIPPING_OPS)
 
 
@@ -229,6 +231,7 @@ def insert(
     tensors: dict[str, Any] = {}
     nodes: list[Any] = []
     read_as: dict[str, str] = {}
+    constants: set[str] = set()
 
     def store(name: str, value: npt.ArrayLike) -> str:
         tensors[name] = numpy_helper.from_array(np.asarray(value), name)
@@ -244,6 +247,21 @@ def insert(
         nodes.append(helper.make_node("QuantizeLinear", [name, *ends], [codes]))
         nodes.append(helper.make_node("DequantizeLinear", [codes, *ends], [read_as[name]]))
 
+    def constant(name: str) -> str:
+        value = numpy_helper.to_array(links.stored[name]).astype(np.float32)
+        grid = constant_grid(value)
+        codes = np.clip(np.rint(value / grid.scale) + grid.zero_point, 0, 255) - 128 * signed
+        kind = np.int8 if signed else np.uint8
+        ends = [
+            store(f"{name}/q", codes.astype(kind)),
+            store(f"{name}/scale", np.float32(grid.scale)),
+            store(f"{name}/zero", kind(grid.zero_point - 128 * signed)),
+        ]
+        if name + DEQUANTIZED not in constants:
+            constants.add(name + DEQUANTIZED)
+            nodes.append(helper.make_node("DequantizeLinear", ends, [name + DEQUANTIZED]))
+        return name + DEQUANTIZED
+
     for entry in graph.input:
         if entry.name in layout.group:
             pair(entry.name)
@@ -252,6 +270,10 @@ def insert(
         for index, name in enumerate(node.input):
             if name in read_as:
                 node.input[index] = read_as[name]
+        if integer and node.op_type in ("Add", "Mul"):
+            for index, name in enumerate(node.input):
+                if name in links.stored:
+                    node.input[index] = constant(name)
         if integer and is_weighted(node, links.stored):
             source = layout_input(node, links)
             _weights(node, links, grids[layout.group[source]], store, nodes, weights or {})
@@ -266,6 +288,14 @@ def insert(
     del graph.node[:]
     graph.node.extend(nodes)
     return result
+
+
+def constant_grid(value: FloatArray) -> Grid:
+    """Returns the grid of a stored operand; the factors of equalisation lie on it exactly."""
+    steps = value / FACTOR_STEP
+    if steps.min() >= 0 and steps.max() <= 255 and np.array_equal(steps, np.rint(steps)):
+        return Grid(FACTOR_STEP, 0)
+    return Grid.over(float(value.min()), float(value.max()))
 
 
 def layout_input(node: Any, links: Links) -> str:

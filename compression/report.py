@@ -45,7 +45,7 @@ def report_of(result: RunResult, recipe: dict[str, Any]) -> dict[str, Any]:
         recipe: The recipe as a dict, to be shown.
     """
     state, verified = result.state, result.verified
-    return {
+    found: dict[str, Any] = {
         "model": state.spec.name,
         "core": state.job.core,
         "input_hw": list(state.spec.input_hw),
@@ -65,6 +65,8 @@ def report_of(result: RunResult, recipe: dict[str, Any]) -> dict[str, Any]:
         "recipe": recipe,
         "machine": machine(),
     }
+    cleaned: dict[str, Any] = finite(found)
+    return cleaned
 
 
 def _step(row: StepRow) -> dict[str, Any]:

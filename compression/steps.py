@@ -28,6 +28,7 @@ from .photos import PhotoStream, calibration_batches
 from .prune import conv_costs, count_macs, plan_pruning
 from .quantize import QuantizeConfig, quantize
 from .recipe import DistillStep, PruneStep, QuantizeStep, VerifyStep
+from .slim import shorten_names
 from .state import NET_KEY, State, StepReport, rows_kept
 from .train import TrainConfig, train
 from .verify import Subject, verify
@@ -151,6 +152,7 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
         model, spec, job.photos.train_paths, settings, progress=_progress(job.progress)
     )
     path = job.step_folder / "int8.onnx"
+    shorten_names(result.model)
     save_model(result.model, path, spec)
     OnnxDetector(path)  # it must run before anything is built on it
     done = replace(state, model=path, float_model=state.model)
