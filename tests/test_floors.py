@@ -235,3 +235,13 @@ def test_no_file_is_too_long_to_read(folder: str) -> None:
         if (lines := len(file.read_text().splitlines())) > 400
     }
     assert not long
+
+
+def test_only_ssdlite_needs_torchvision() -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = None; "
+        "from edgesight.models.nets.build import build_net; build_net('yolox_nano'); "
+        "import edgesight.compression.steps"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

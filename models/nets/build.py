@@ -16,15 +16,21 @@ from ..errors import InputError, MissingExtraError, ModelFileError
 from .common import DetectorNet, fold_batchnorm, has_batchnorm
 from .nanodet import NanoDetPlus
 from .onnx_weights import match_convs, read_onnx_convs
-from .ssdlite import SSDLite
 from .yolox import YOLOX
+
+
+def _ssdlite(num_classes: int) -> DetectorNet:
+    from .ssdlite import SSDLite  # torchvision: only who asks for this network needs it
+
+    return SSDLite(num_classes)
+
 
 NETS: Final[dict[str, Callable[[int], DetectorNet]]] = {
     "yolox_nano": lambda num_classes: YOLOX("nano", num_classes),
     "yolox_tiny": lambda num_classes: YOLOX("tiny", num_classes),
     "yolox_s": lambda num_classes: YOLOX("s", num_classes),
     "nanodet_plus_m": NanoDetPlus,
-    "ssdlite320": SSDLite,
+    "ssdlite320": _ssdlite,
 }
 """Network name -> maker, called with the number of classes."""
 
