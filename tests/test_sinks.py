@@ -113,11 +113,17 @@ else:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.skipif(hasattr(os, "getuid") and os.getuid() == 0, reason="root may write anywhere")
 def test_folder_without_permission_is_an_output_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot write"):
-        JsonlSink(tmp_path / "a.jsonl", CLASSES)
+    root = os.getuid() == 0
+    if root:  # root may write anywhere: be nobody for a moment
+        os.seteuid(65534)
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            JsonlSink(tmp_path / "a.jsonl", CLASSES)
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def test_path_that_is_a_folder_or_below_a_file_is_an_output_error(tmp_path: Path) -> None:

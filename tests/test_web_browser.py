@@ -112,7 +112,7 @@ def test_picture_moves_and_figures_are_shown(page: Page, feed: Feed) -> None:
     assert page.text_content("#dropped") == "4"
     assert "2 \u00d7 cat" in (page.text_content("#counts") or "")
     assert "20.0 · 30.0" in (page.text_content("#stages") or "")
-    assert page.text_content("#state") == "live"
+    expect(page.locator("#state")).to_have_text("live")
 
 
 def test_slider_and_switch_reach_the_loop(page: Page, feed: Feed) -> None:

@@ -136,6 +136,7 @@ async function refresh() {
   setTimeout(refresh, 500);
 }
 
+let waiting = null;
 async function change(wanted) {
   try {
     const answer = await fetch("/api/controls", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(wanted) });
@@ -144,14 +145,14 @@ async function change(wanted) {
 }
 function showControls(c) {
   if (typeof c.boxes === "boolean") $("boxes").checked = c.boxes;
-  if (typeof c.score_min === "number") { $("score").value = c.score_min; put("score-value", number(c.score_min, 2)); }
+  if (typeof c.score_min === "number" && waiting === null) { $("score").value = c.score_min; put("score-value", number(c.score_min, 2)); }
 }
 $("boxes").addEventListener("change", (e) => change({ boxes: e.target.checked }));
-let waiting = null;
 $("score").addEventListener("input", (e) => {
-  put("score-value", number(+e.target.value, 2));
+  const wanted = +e.target.value;
+  put("score-value", number(wanted, 2));
   clearTimeout(waiting);
-  waiting = setTimeout(() => change({ score_min: +e.target.value }), 80);
+  waiting = setTimeout(() => { waiting = null; change({ score_min: wanted }); }, 80);
 });
 
 connect();
