@@ -290,9 +290,13 @@ SILU_FLOOR = -4.0
 
 
 def channel_factors(
-    model: Any, labels: ChannelLabels, seen: Mapping[str, Seen], strength: float
+    model: Any,
+    labels: ChannelLabels,
+    seen: Mapping[str, Seen],
+    group: Mapping[str, str],
+    strength: float,
 ) -> FloatArray:
-    """Returns the factor of every label that brings its channels near their tensors' medians.
+    """Returns the factor of every label that brings its channels near their grids' medians.
 
     Factors are multiples of 1/16 up to 16, which 8 bits hold exactly where an equalised SiLU needs
     them in the graph.
@@ -301,23 +305,27 @@ def channel_factors(
         model: The graph that was labelled.
         labels: Its channels.
         seen: What the tensors were on photos.
-        strength: 0 leaves all as it is; 1 gives all channels of a tensor the same reach, which
+        group: Tensor -> group of tensors that share a grid.
+        strength: 0 leaves all as it is; 1 gives all channels on a grid the same reach, which
             makes the weights that read them uneven in turn.
     """
     links = Links(model.graph)
-    total, count = np.zeros(labels.count), np.zeros(labels.count)
+    reach: dict[str, FloatArray] = {}
     for name, ids in labels.of.items():
-        if name not in seen or len(seen[name].low) != len(ids):
+        if name not in group or len(seen[name].low) != len(ids):
             continue
         values = seen[name].values
         if {r.op_type for r in links.readers[name]} == {"Mul", "Sigmoid"}:
             values = np.maximum(values, SILU_FLOOR)
-        reach = np.quantile(np.abs(values), REACH, axis=0)
-        alive = reach > 1e-6
+        far = np.quantile(np.abs(values), REACH, axis=0).astype(np.float32)
+        of_group = reach.setdefault(group[name], np.zeros(labels.count, np.float32))
+        np.maximum.at(of_group, ids, far)
+    total, count = np.zeros(labels.count), np.zeros(labels.count)
+    for of_group in reach.values():
+        alive = of_group > 1e-6
         if alive.any():
-            ratio = np.log(np.where(alive, reach, 1.0) / np.median(reach[alive]))
-            np.add.at(total, ids, np.where(alive, ratio, 0.0))
-            np.add.at(count, ids, alive)
+            total[alive] += np.log(of_group[alive] / np.median(of_group[alive]))
+            count += alive
     wanted = np.exp(np.clip(strength * total / np.maximum(count, 1), -20, 20))
     factor = np.clip(np.rint(wanted / FACTOR_STEP), 1, 255) * FACTOR_STEP
     factor[FIXED] = 1.0

@@ -74,6 +74,15 @@ def is_weighted(node: Any, stored: Collection[str]) -> bool:
     return node.op_type in WEIGHT_OPS and len(node.input) > 1 and node.input[1] in stored
 
 
+def truncates(node: Any) -> bool:
+    """Whether ONNX Runtime cuts digits off instead of rounding when a node runs on 8 bits.
+
+    Its interpolating Resize does, which moves every value down by half a step.
+    """
+    mode = next((a.s for a in node.attribute if a.name == "mode"), b"nearest")
+    return bool(node.op_type == "Resize" and mode != b"nearest")
+
+
 def body_nodes(model: Any) -> list[Any]:
     """Returns the nodes that some convolution lies behind, and the convolutions themselves.
 
@@ -116,6 +125,7 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
     nodes: set[str] = set()
     for node in body_nodes(model):
         ready = node.op_type in INTEGER_READY and node.name not in float_nodes
+        ready = ready and not truncates(node)
         if node.op_type in WEIGHT_OPS:
             ready = ready and is_weighted(node, links.stored)
         elif node.op_type in CLIPPING_OPS:

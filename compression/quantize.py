@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..models.detections import FloatArray
 from ..models.errors import DatasetError, RecipeError
-from ..models.graph import node_macs, require_onnx
+from ..models.graph import require_onnx
 from ..models.spec import ModelSpec
 from .calibrate import Grid, Seen, best_grid, chosen_photos, observe, sigmoid
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
@@ -20,7 +20,7 @@ from .fidelity import Fidelity
 from .onnx_io import tidy, write_spec
 from .qdq import Layout, Links, insert, plan_layout
 from .rounding import round_weights
-from .sensitivity import NoiseMeter, float_nodes, scan
+from .sensitivity import Budget, NoiseMeter, first_nodes, noisiest_nodes, scan
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ TARGETS: dict[str, Target] = {
 
 KnownGrids = dict[tuple[str, ...], Grid]
 CHECK_PHOTOS = 64
-STRENGTHS = (0.6, 0.75, 0.9)
 NOISE_PHOTOS = 4
-FREE_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+STRENGTHS = (0.75, 0.6, 0.9)
+FIRST_COUNTS: tuple[int, ...] = (1, 2, 4, 6, 8)
+NOISIEST_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+GAIN_MIN = 0.015
+"""A change that lowers the disagreement by a smaller part of itself is not worth it."""
 SHOWN = 16
-GAIN_MIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,40 @@ def quantize(
         },
     }
     labels = label_channels(model, silu_gates(Links(model.graph)))
-    variants: list[Variant] = []
-    for strength in progress(STRENGTHS, desc="equalise"):
-        factor = channel_factors(model, labels, seen, strength)
+    budget = Budget(model, 1 - config.integer_share_min, config.float_parameters_max)
+    search = Search(fidelity, report["disagreement"])
+
+    def equalised(strength: float) -> Variant:
+        factor = channel_factors(model, labels, seen, layout.group, strength)
         scaled = rescale(model, labels, factor)
         ranges = rescaled_seen(seen, labels, factor, scaled)
-        variant = Variant(scaled, ranges, frozenset(), strength)
-        variants.append(variant.measured(fidelity))
-    best = min(variants, key=lambda v: v.loss)
-    report["disagreement"]["equalised"] = {str(v.strength): _rounded(v.loss) for v in variants}
+        return Variant(scaled, ranges, frozenset(), strength)
+
+    best = search.measured("equalised", equalised(STRENGTHS[0]))
+    for count in progress(FIRST_COUNTS, desc="first in float"):
+        names = first_nodes(best.model, count, budget)
+        best = search.better(f"first {count} in float", best, replace(best, float_nodes=names))
+    for strength in progress(STRENGTHS[1:], desc="equalise"):
+        other = replace(equalised(strength), float_nodes=best.float_nodes)
+        best = search.better(f"equalised by {strength}", best, other)
+    first = best.float_nodes
+    if NOISIEST_COUNTS:
+        meter = NoiseMeter(
+            model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec
+        )
+        left = plan_layout(best.model, first)
+        grids = find_grids(best.model, left, best.seen, best.known)
+        sensitive = scan(best.model, left, grids, meter, progress=progress)
+        report["noisiest"] = {s.group: _rounded(s.noise) for s in sensitive[:SHOWN]}
+        for count in progress(NOISIEST_COUNTS, desc="noisiest in float"):
+            names = noisiest_nodes(sensitive, count, budget, first)
+            trial = replace(best, float_nodes=names)
+            best = search.better(f"and noisiest {count} in float", best, trial)
     report["equalisation"] = best.strength
-    meter = NoiseMeter(model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec)
-    best, report["float"] = free_what_hurts(best, fidelity, meter, config, progress)
+    report["float"] = {
+        "nodes": sorted(best.float_nodes),
+        "conv_macs_share": _rounded(budget.macs_share(best.float_nodes)),
+    }
     report["disagreement"]["final"] = _rounded(best.loss)
     result = best.inserted(signed)
     write_spec(result, spec)
@@ -198,41 +222,30 @@ class Variant:
         return replace(self, loss=fidelity.loss(self.inserted(signed=False)))
 
 
-def free_what_hurts(
-    variant: Variant,
-    fidelity: Fidelity,
-    meter: NoiseMeter,
-    config: QuantizeConfig,
-    progress: Callable[..., Any],
-) -> tuple[Variant, dict[str, Any]]:
-    """Returns the variant with what hurts most in float, and the report of how that was found.
+@dataclass
+class Search:
+    """Tries variants, keeps the better one, and notes what each trial gave.
 
-    Every grid's own noise at the head is measured; then the noisiest are left out, 1, 2, 4 ... of
-    them, and the number is taken behind which the boxes stop getting better.
+    Attributes:
+        fidelity: Measures.
+        log: What was tried -> disagreement.
     """
-    layout = plan_layout(variant.model)
-    grids = find_grids(variant.model, layout, variant.seen, variant.known)
-    sensitive = scan(variant.model, layout, grids, meter, progress=progress) if FREE_COUNTS else []
-    limits = (1 - config.integer_share_min, config.float_parameters_max)
-    trials: dict[str, float] = {"0": _rounded(variant.loss)}
-    best = variant
-    for count in progress(FREE_COUNTS, desc="keep in float"):
-        names = float_nodes(variant.model, sensitive, count, limits)
-        trial = replace(variant, float_nodes=names).measured(fidelity)
-        trials[str(count)] = _rounded(trial.loss)
-        if trial.loss < best.loss * (1 - GAIN_MIN):
-            best = trial
-    macs = node_macs(variant.model)
-    convs = [n for n in variant.model.graph.node if n.op_type == "Conv"]
-    total = sum(macs[n.output[0]] for n in convs)
-    in_float = [n for n in convs if n.name in best.float_nodes]
-    return best, {
-        "noisiest": [{"tensor": s.group, "noise": _rounded(s.noise)} for s in sensitive[:SHOWN]],
-        "disagreement by number left out": trials,
-        "nodes": sorted(best.float_nodes),
-        "convolutions": [n.name for n in in_float],
-        "conv_macs_share": _rounded(sum(macs[n.output[0]] for n in in_float) / total),
-    }
+
+    fidelity: Fidelity
+    log: dict[str, Any]
+
+    def measured(self, what: str, variant: Variant) -> Variant:
+        """Returns the variant with its loss, and notes it."""
+        variant = variant.measured(self.fidelity)
+        self.log[what] = _rounded(variant.loss)
+        return variant
+
+    def better(self, what: str, best: Variant, other: Variant) -> Variant:
+        """Returns ``other`` if it is clearly better than ``best``."""
+        if other.float_nodes == best.float_nodes and other.strength == best.strength:
+            return best
+        other = self.measured(what, other)
+        return other if other.loss < best.loss * (1 - GAIN_MIN) else best
 
 
 def _rounded(value: float) -> float:

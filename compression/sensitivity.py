@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..models.detections import FloatArray
 from ..models.graph import node_macs
 from ..models.spec import ModelSpec
 from .calibrate import Grid, read_photos, session, sigmoid
 from .equalise import BACK
-from .qdq import DEQUANTIZED, Layout, Links, body_nodes, insert
+from .qdq import DEQUANTIZED, Layout, Links, body_nodes, insert, is_weighted
 
 
 def head_tensors(model: Any) -> list[str]:
@@ -117,32 +118,72 @@ def scan(
     return sorted(found, key=lambda s: -s.noise)
 
 
-def float_nodes(
-    model: Any, sensitive: Sequence[Sensitive], count: int, limits: tuple[float, float]
-) -> frozenset[str]:
-    """Returns the nodes to keep in float so that the ``count`` noisiest groups need no grid.
+class Budget:
+    """What may be in float: a part of the convolution MACs and a part of their parameters.
 
     Args:
         model: The float graph.
-        sensitive: Noisiest first.
-        count: Of groups.
-        limits: Part of the convolution MACs and of the parameters that may be in float, 0..1;
-            groups that would exceed one are passed over.
+        macs_part: 0..1.
+        parameters_part: 0..1; float weights are what makes the file larger.
     """
-    macs = node_macs(model)
-    stored = Links(model.graph).stored
-    cost = {
-        n.name: np.array([macs[n.output[0]], np.prod(stored[n.input[1]].dims)], np.float64)
-        for n in model.graph.node
-        if n.op_type == "Conv" and n.input[1] in stored
-    }
-    most = sum(cost.values(), np.zeros(2)) * limits
+
+    def __init__(self, model: Any, macs_part: float, parameters_part: float) -> None:
+        """Counts both once."""
+        macs = node_macs(model)
+        stored = Links(model.graph).stored
+        self._cost = {
+            n.name: np.array([macs[n.output[0]], np.prod(stored[n.input[1]].dims)], np.float64)
+            for n in model.graph.node
+            if n.op_type == "Conv" and n.input[1] in stored
+        }
+        self._total = sum(self._cost.values(), np.zeros(2))
+        self._most = self._total * (macs_part, parameters_part)
+
+    def allows(self, names: Collection[str]) -> bool:
+        """Whether these nodes may be in float together."""
+        return bool((self._spent(names) <= self._most).all())
+
+    def macs_share(self, names: Collection[str]) -> float:
+        """Returns the part of the convolution MACs in these nodes, 0..1."""
+        return float(self._spent(names)[0] / max(self._total[0], 1.0))
+
+    def _spent(self, names: Collection[str]) -> npt.NDArray[np.float64]:
+        spent: npt.NDArray[np.float64] = sum(
+            (self._cost[name] for name in names if name in self._cost), np.zeros(2)
+        )
+        return spent
+
+
+def first_nodes(model: Any, count: int, budget: Budget) -> frozenset[str]:
+    """Returns the nodes from the input up to the ``count``-th convolution and its activation.
+
+    Noise at the input reaches everything. A convolution that the budget does not allow stays
+    integer, and what follows it is in float.
+    """
     chosen: frozenset[str] = frozenset()
     taken = 0
+    stored = Links(model.graph).stored
+    for node in body_nodes(model):
+        wider = chosen | {node.name}
+        if is_weighted(node, stored):
+            if taken == count:
+                break
+            if not budget.allows(wider):
+                continue
+            taken += 1
+        chosen = wider
+    return chosen
+
+
+def noisiest_nodes(
+    sensitive: Sequence[Sensitive], count: int, budget: Budget, start: frozenset[str]
+) -> frozenset[str]:
+    """Returns ``start`` and the nodes of the ``count`` noisiest groups that the budget allows."""
+    chosen, taken = start, 0
     for entry in sensitive:
         if taken == count:
             break
         wider = chosen | entry.nodes
-        if (sum((cost[n] for n in wider if n in cost), np.zeros(2)) <= most).all():
+        if wider > chosen and budget.allows(wider):
             chosen, taken = wider, taken + 1
     return chosen
