@@ -104,6 +104,6 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
     for name, goal in teacher.items():
         if name in student and student[name].shape == goal.shape:
             goal = goal.float()
-            error = (student[name].float() - goal).square().mean()
+            error = F.mse_loss(student[name].float(), goal)
             terms.append(error / goal.var().clamp_min(1e-6))
     return torch.stack(terms).mean() if terms else torch.zeros(())

@@ -14,12 +14,13 @@ from ..models.detector import OnnxDetector
 from ..models.errors import InputError, ModelFileError
 from ..models.files import sha256
 from ..models.graph import load_model
+from ..models.machine import machine
 from ..models.preprocess import fit, normalise, prepare
 from .data import open_photos
 from .export import TOLERANCE, set_metadata
 from .onnx_io import fold_preprocess, save_model, tidy
 from .quantize import QuantizeConfig, quantize
-from .report import finite, machine
+from .report import finite
 from .slim import shorten_names
 from .state import NET_KEY
 from .verify import Subject, verify

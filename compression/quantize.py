@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..models.detections import FloatArray
-from ..models.errors import DatasetError, RecipeError
+from ..models.errors import DatasetError, ModelFileError, RecipeError
 from ..models.graph import require_onnx
 from ..models.spec import ModelSpec
 from .calibrate import Grid, Seen, best_grid, chosen_photos, observe, sigmoid
@@ -65,6 +65,7 @@ class QuantizeConfig:
         integer_share_min: At least this part of the convolution MACs stays integer, 0..1.
         float_parameters_max: At most this part of the parameters stays in float, 0..1: it is what
             makes the file larger.
+        refine: Photo passes of training after calibration; 0: none.
     """
 
     target: str = "cortex-a76"
@@ -72,6 +73,7 @@ class QuantizeConfig:
     seed: int = 0
     integer_share_min: float = 0.9
     float_parameters_max: float = 0.03
+    refine: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -84,6 +86,7 @@ class QuantizeConfig:
             (self.photos_max >= 1, "photos_max", "at least 1"),
             (0 <= self.integer_share_min <= 1, "integer_share_min", "0..1"),
             (0 <= self.float_parameters_max <= 1, "float_parameters_max", "0..1"),
+            (self.refine >= 0, "refine", "at least 0"),
         )
         for fine, key, expected in checks:
             if not fine:
@@ -186,8 +189,40 @@ def quantize(
     }
     report["disagreement"]["final"] = _rounded(best.loss)
     result = best.inserted(signed)
+    if config.refine:
+        result = _refined(result, model, spec, photos, check, config, report, progress)
     write_spec(result, spec)
     return QuantizeResult(result, report)
+
+
+def _refined(
+    quantized: Any,
+    model: Any,
+    spec: ModelSpec,
+    photos: Sequence[Path],
+    check: Sequence[Path],
+    config: QuantizeConfig,
+    report: dict[str, Any],
+    progress: Callable[..., Any],
+) -> Any:
+    """Returns the trained model, or the one before if training did not bring it nearer."""
+    from .refine import RefineConfig, distance, refine  # torch: not needed without
+
+    settings = RefineConfig(photos=config.refine, seed=config.seed)
+    try:
+        trained = refine(quantized, model, spec, photos, settings, progress=progress)
+    except ModelFileError as error:  # an operator that training does not know
+        report["refined"] = {"photos": 0, "why": str(error)}
+        return quantized
+    before, after = (distance(m, model, spec, check) for m in (quantized, trained))
+    kept = after < before
+    report["refined"] = {
+        "photos": config.refine,
+        "distance before": _rounded(before),
+        "distance after": _rounded(after),
+        "kept": kept,
+    }
+    return trained if kept else quantized
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class PruneStep(_Strict):
     Attributes:
         macs_ratio: Multiply-accumulates to be left, of the *original* model's at its own size.
         align: Channels per layer are a multiple of this.
-        photos: Photos that tell which channels matter.
+        photos: Photos that tell which channels matter, and that what is left is refitted on.
         keep_min: Each layer keeps at least this part of its channels.
     """
 
@@ -190,11 +190,13 @@ class QuantizeStep(_Strict):
     Attributes:
         photos: Photos to calibrate on, at most.
         integer_share_min: At least this part of the convolution MACs stays integer.
+        refine: Photo passes of training after calibration, with the float network as teacher.
     """
 
     kind: Literal["quantize"]
     photos: int = Field(320, ge=1)
     integer_share_min: float = Field(0.9, ge=0, le=1)
+    refine: int = Field(0, ge=0)
 
 
 class VerifyStep(_Strict):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import json
 import math
-import os
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +14,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .. import __version__
 from ..models.dataset import Dataset
 from ..models.detector import OnnxDetector
 from ..models.draw import draw_detections
 from ..models.errors import MissingExtraError
 from ..models.files import sha256, write_json, write_text
+from ..models.machine import machine
 from .measure import SHOWN
 from .pipeline import RunResult, StepRow
 
@@ -34,7 +31,6 @@ EXAMPLE_SIDE = 480
 INK = "#010203"
 """Stands for the page's own text colour in plots, so that they fit light and dark pages."""
 BLUE, ORANGE = "#3b82c4", "#d9822b"
-PACKAGES = ("numpy", "onnx", "onnxruntime", "opencv-python-headless", "torch")
 
 
 def report_of(result: RunResult, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -82,32 +78,6 @@ def _step(row: StepRow) -> dict[str, Any]:
         "notes": [] if report is None else list(report.notes),
         "figures": {} if report is None or report.kind == "verify" else report.figures,
     }
-
-
-def machine() -> dict[str, Any]:
-    """Returns what the figures were measured with: processor, system, versions."""
-    versions = {"edgesight": __version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def write_report(folder: Path, report: dict[str, Any], pictures: Sequence[dict[str, str]]) -> Path:

@@ -33,7 +33,6 @@ from .state import NET_KEY, State, StepReport, rows_kept
 from .train import TrainConfig, train
 from .verify import Subject, verify
 
-REFIT_PHOTOS = 64
 REFIT_RIDGE = 0.1
 EXPORT_PHOTOS = 3
 
@@ -77,9 +76,8 @@ def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
         )
         raise RecipeError(message) from error
     changed = state.changed(small.eval(), {"kind": "cut", "removed": plan.removed})  # type: ignore[arg-type]
-    few = batches[: max(1, REFIT_PHOTOS // len(batches[0]))]
     rows = rows_kept(state.teacher, changed.edits)
-    refit(changed.net, state.teacher, rows, few, ridge=REFIT_RIDGE, progress=job.progress)
+    refit(changed.net, state.teacher, rows, batches, ridge=REFIT_RIDGE, progress=job.progress)
     figures["macs_after"] = count_macs(changed.net, example)
     figures["layers"] = {name: list(pair) for name, pair in plan.kept.items()}
     return changed, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
@@ -147,6 +145,7 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
         photos_max=config.photos,
         seed=job.seed,
         integer_share_min=config.integer_share_min,
+        refine=config.refine,
     )
     result = quantize(
         model, spec, job.photos.train_paths, settings, progress=_progress(job.progress)

@@ -5,25 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import onnxruntime
-
-from .. import __version__
 from ..models.dataset import open_dataset
 from ..models.detector import OnnxDetector
 from ..models.errors import InputError
 from ..models.evaluate import Evaluation, evaluate_detector
 from ..models.files import sha256
 from ..models.heads import HEADS
+from ..models.machine import machine
 from ..models.metrics import Interval
-from ..models.zoo import shipped, shipped_float
+from ..models.zoo import MODEL_HELP, model_path
 
 DESCRIPTION = """\
 Measures a detector's average precision (AP, COCO protocol, in percent) on photos with boxes, with
@@ -32,15 +26,12 @@ EXAMPLE = "edgesight eval yolox_nano.onnx --data my_photos --baseline yolox_tiny
 ROWS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
-SHIPPED: dict[str, Callable[[], Path]] = {"shipped": shipped, "shipped-float": shipped_float}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=f"an ONNX detector; or the word {' or '.join(SHIPPED)} for the package's own",
+        help=MODEL_HELP,
     )
     parser.add_argument(
         "--data",
@@ -70,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    path = _model_path(args.model)
+    path = model_path(args.model)
     detector = OnnxDetector(path, head=args.head, threads=args.threads)
     other = None
     if args.baseline is not None:
-        other = OnnxDetector(_model_path(args.baseline), threads=args.threads)
+        other = OnnxDetector(model_path(args.baseline), threads=args.threads)
     dataset = open_dataset(args.data).limit(args.limit)
     found = evaluate_detector(detector, dataset, title=path.name)
     interval = found.interval(args.resamples) if args.resamples else None
@@ -91,35 +82,6 @@ def main(args: argparse.Namespace) -> int:
     else:
         print(_table(report, args.per_class))
     return 0
-
-
-def machine() -> str:
-    """Returns the processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        for key in ("model name", "Model"):
-            for line in lines:
-                name, _, value = line.partition(":")
-                if name.strip() == key and value.strip():
-                    return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that a measured figure depends on."""
-    return {
-        "edgesight": __version__,
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "opencv": cv2.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _model_path(name: str) -> Path:
-    return SHIPPED[name]() if name in SHIPPED else Path(name)
 
 
 def _compare(path: Path, found: Evaluation, base: Evaluation, resamples: int) -> dict[str, Any]:
@@ -166,7 +128,6 @@ def _report(
         "sha256": sha256(path),
         "data": str(args.data),
         "machine": machine(),
-        "versions": versions(),
         "note": found.note,
     }
     if baseline:
@@ -194,7 +155,7 @@ def _table(report: dict[str, Any], per_class: bool) -> str:
         lines.append(f"  {name.replace('_', ' ').upper():10} {figure(report[name])}{interval}")
     lines.append(
         f"  {'ms/photo':10} {figure(report['ms_per_photo'])}  median, "
-        f"{report['threads']} thread(s), {report['machine']}"
+        f"{report['threads']} thread(s), {report['machine']['cpu']}"
     )
     if other := report.get("baseline"):
         interval = limits(other["interval"]) + "  95 %, paired" if other["interval"] else ""

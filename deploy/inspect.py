@@ -19,6 +19,7 @@ from ..models.graph import (
     opset_of,
     parameters,
 )
+from ..models.zoo import MODEL_HELP, model_path
 
 DESCRIPTION = """Tell what a model file is: spec, parameters, MACs, size, operators, and how much of
 its convolutions ONNX Runtime computes with integers on this machine (it differs per processor)."""
@@ -29,14 +30,14 @@ INT8_SHARE_MIN = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="the ONNX file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--head", help="kind of head, for a file whose head is not recognised")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns 0."""
-    found = inspect_model(Path(args.model), head=args.head)
+    found = inspect_model(model_path(args.model), head=args.head)
     print(json.dumps(found) if args.json else as_text(found))
     return 0
 

@@ -21,7 +21,7 @@ from ..models.detections import Detections
 from ..models.detector import SCORE_MIN_EVAL, OnnxDetector
 from ..models.errors import EdgeSightError, ModelFileError
 from ..models.files import is_file
-from ..models.zoo import shipped_float
+from ..models.zoo import model_path
 from .frame import Frame
 from .latest import Latest
 from .live import AccuracyFigures
@@ -299,7 +299,7 @@ def open_accuracy(
     if reference == "none":
         return NoAccuracy("no labels, and no reference model (--reference none)")
     try:
-        path = Path(reference) if reference is not None else shipped_float()
+        path = model_path(reference or "shipped-float")
     except ModelFileError:
         return NoAccuracy("no labels, and no reference model here; --reference FILE names one")
     if not is_file(path):

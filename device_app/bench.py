@@ -7,9 +7,9 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.zoo import MODEL_HELP, model_path
 from .command import SWITCH_INTERVAL_S, whole_number
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ EXAMPLE = "edgesight bench model.onnx --source video.mp4"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench``."""
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="ONNX detector")
+    add("model", metavar="MODEL", help=MODEL_HELP)
     add(
         "--source",
         default="samples",
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     from ..models.errors import SourceError
     from .sources import open_source
 
-    detector = OnnxDetector(args.model, head=args.head, threads=args.threads)
+    detector = OnnxDetector(model_path(args.model), head=args.head, threads=args.threads)
     source = open_source(args.source, max_speed=True, loop=True)
     try:
         if source.live:
@@ -101,9 +101,9 @@ def benchmark(
     """
     from tqdm import tqdm
 
+    from ..models.machine import machine
     from .loop import Loop
     from .stats import Stats
-    from .summary import environment
 
     first = source.read()
     assert first is not None
@@ -140,7 +140,7 @@ def benchmark(
         "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
         "blocks": blocks,
         "picture_wh": [first.image.shape[1], first.image.shape[0]],
-        **environment(),
+        "machine": machine(),
     }
 
 
@@ -150,7 +150,7 @@ def table(found: dict[str, Any]) -> str:
     low, high = found["ratio_range"]
     lines = [
         f"{found['model']} on {found['source']} ({width}x{height} px), {found['frames']} frames, "
-        f"{found['threads']} thread(s), {found['machine']}",
+        f"{found['threads']} thread(s), {found['machine']['cpu']}",
         f"  {'stage, ms':12}{'p50':>9}{'p90':>9}{'p99':>9}",
     ]
     lines += [

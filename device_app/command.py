@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from ..models.errors import EdgeSightError, OutputError
+from ..models.zoo import MODEL_HELP, model_path
 
 if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
     from .loop import Loop
@@ -34,7 +35,8 @@ SWITCH_INTERVAL_S = 0.0005
 
 DESCRIPTION = (
     "Runs a detector live and shows its boxes, speed and accuracy on a web page.\n"
-    "Ctrl-C (or SIGTERM) ends it at once, finishes its files and prints a summary; exit code 0."
+    "Ctrl-C (or SIGTERM, or a lost terminal) ends it at once, finishes its files and prints a\n"
+    "summary; exit code 0."
 )
 EXAMPLE = "edgesight run --source 0"
 
@@ -42,7 +44,7 @@ EXAMPLE = "edgesight run --source 0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``run``."""
     add = parser.add_argument
-    add("--model", type=Path, metavar="FILE", help="ONNX detector (default: the shipped one)")
+    add("--model", default="shipped", metavar="FILE", help=f"{MODEL_HELP} (default: %(default)s)")
     add(
         "--source",
         default="samples",
@@ -130,12 +132,11 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     # Beside the model: a stream takes its time, and must not hold up Ctrl-C meanwhile.
     opening = _InThread(open_it, "edgesight-open")
     from ..models.detector import OnnxDetector
-    from ..models.zoo import shipped
 
     threads = args.threads or default_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: opening.value.close() if opening.value is not None else None)
-        detector = OnnxDetector(args.model or shipped(), head=args.head, threads=threads)
+        detector = OnnxDetector(model_path(args.model), head=args.head, threads=threads)
         from .accuracy import open_accuracy
         from .live import Controls, LiveView
         from .loop import Loop
@@ -186,7 +187,8 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bool:
     """Runs the loop; returns whether the user ended it."""
     interrupted = False
-    _on_signal(signal.SIGTERM, _interrupt)
+    for number in _ending_signals()[1:]:
+        _on_signal(number, _interrupt)
     loop.start()
     try:
         _watch(loop, say)
@@ -194,7 +196,7 @@ def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bo
         interrupted = True
     finally:
         # A second signal must not cut off the end of a video; all of this takes a second at most.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _ending_signals():
             _on_signal(number, signal.SIG_IGN)
         loop.stop_unless_done()
         source.close()
@@ -326,6 +328,14 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _ending_signals() -> list[signal.Signals]:
+    """Returns the signals that end a run; a link to the board that breaks is one (nohup: not)."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
+
+
 def _on_signal(number: signal.Signals, handler: Any) -> None:
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         signal.signal(number, handler)
@@ -333,7 +343,7 @@ def _on_signal(number: signal.Signals, handler: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _ending_signals()}
     try:
         yield
     finally:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
-from .. import __version__
+from ..models.machine import machine
 from .loop import Loop
 
 
@@ -41,19 +38,7 @@ def summary(loop: Loop, *, threads: int, interrupted: bool) -> dict[str, Any]:
         "written": [str(path) for path in loop.written],
         "warnings": list(loop.source.warnings),
         "threads": threads,
-        **environment(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Returns the machine and the versions that a figure was measured with."""
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "edgesight": __version__,
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
     }
 
 

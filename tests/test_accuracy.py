@@ -292,11 +292,11 @@ def test_without_any_it_says_so(
     shutil.copy(tiny.path, copy)
     assert "its own reference" in choose(tiny, None, str(copy)).figures()["text"]
 
-    def missing() -> Path:
+    def missing(name: str) -> Path:
         message = "zoo: expected the shipped detector, found no such file"
         raise ModelFileError(message)
 
-    monkeypatch.setattr(accuracy_module, "shipped_float", missing)
+    monkeypatch.setattr(accuracy_module, "model_path", missing)
     default = choose(tiny, None, None)
     assert isinstance(default, NoAccuracy)
     assert "no reference model here" in default.figures()["text"]
@@ -311,7 +311,7 @@ def test_default_reference_with_other_classes_is_no_error(
     tiny: OnnxDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = kit.build_tiny(tmp_path / "other.onnx", classes=("gearbox", "bolt"))
-    monkeypatch.setattr(accuracy_module, "shipped_float", lambda: other)
+    monkeypatch.setattr(accuracy_module, "model_path", lambda name: other)
     found = choose(tiny, None, None)
     assert isinstance(found, ReferenceAccuracy)
     found.offer(frame(), Detections.empty())

@@ -16,13 +16,13 @@ from edgesight.compression.report import (
     example_pictures,
     headline,
     loss_text,
-    machine,
     render,
     score_text,
     write_report,
 )
 from edgesight.models.dataset import open_dataset
 from edgesight.models.errors import OutputError
+from edgesight.models.machine import machine
 
 build_tiny: Any = runpy.run_path(str(Path(__file__).with_name("app_kit.py")))["build_tiny"]
 

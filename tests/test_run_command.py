@@ -231,7 +231,7 @@ def wait_for_frames(running: subprocess.Popen[str], part: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_at_once_finishes_the_files_and_prints_the_summary(
     number: signal.Signals, tmp_path: Path
 ) -> None:

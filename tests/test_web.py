@@ -301,6 +301,24 @@ def test_strangers_are_refused(server: Server, live: LiveView, headers: dict[str
     assert live.controls.boxes
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 403), ("evil.example:8000", 403), ("[", 403), ("192.168.1.7:9000", 200),
+        ("[fe80::1]:8000", 200), (socket.gethostname(), 200), ("localhost:8000", 200),
+    ],
+)  # fmt: skip
+def test_beyond_loopback_only_addresses_and_own_names_are_answered(
+    live: LiveView, host: str, status: int
+) -> None:
+    running = start_server(live, "0.0.0.0", 0)
+    try:
+        assert ask(running, "GET", "/", headers={"Host": host})[0] == status
+    finally:
+        live.close()
+        running.stop()
+
+
 @pytest.mark.parametrize("path", ["/server.py", "/../live.py", "/%2e%2e/live.py", "//etc/passwd"])
 def test_no_request_reaches_the_disk(server: Server, path: str) -> None:
     assert ask(server, "GET", path)[0] == 404

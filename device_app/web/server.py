@@ -6,6 +6,7 @@ It answers a fixed list of addresses; nothing in a request ever becomes a path o
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import math
 import socket
@@ -15,6 +16,7 @@ import time
 from contextlib import suppress
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -326,15 +328,30 @@ def _refusal(status: int, message: str) -> Response:
 class _Guard:
     """Adds security headers and refuses strangers' Host and Origin.
 
-    A page that a stranger made must not reach a camera through its viewer's browser: on loopback
-    only the machine's own names are answered (against DNS rebinding), and a change must come from
-    the page itself.
+    A page that a stranger made must not reach a camera through its viewer's browser: only the
+    machine's own names and addresses are answered (against DNS rebinding, which needs a name of the
+    stranger's), and a change must come from the page itself.
     """
 
     def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         self.app = app
-        names = LOOPBACK if host in LOOPBACK else None
-        self.hosts = None if names is None else {_authority(n, port) for n in names}
+        self.open = host not in LOOPBACK
+        self.hosts = {_authority(n, port) for n in LOOPBACK}
+        own = socket.gethostname().lower()
+        first = own.partition(".")[0]
+        self.names = {*LOOPBACK, host.lower(), own, first, f"{first}.local"}
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a Host header names this machine; beyond loopback any of its ports may be it."""
+        if not self.open:
+            return host in self.hosts
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        with suppress(ValueError):
+            return bool(ipaddress.ip_address(name))
+        return name in self.names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -342,7 +359,7 @@ class _Guard:
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         refused: Response | None = None
-        if self.hosts is not None and host not in self.hosts:
+        if not self._is_ours(host):
             refused = _refusal(403, "expected this machine's own name as host, found another")
         elif origin is not None and origin.lower() != f"http://{host}":
             refused = _refusal(403, "expected a request from the live page, found another origin")

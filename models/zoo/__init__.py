@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ModelFileError
@@ -26,6 +27,15 @@ def shipped_float() -> Path:
         ModelFileError: The installation lacks it.
     """
     return _file(FLOAT_FILE)
+
+
+SHIPPED: dict[str, Callable[[], Path]] = {"shipped": shipped, "shipped-float": shipped_float}
+MODEL_HELP = f"an ONNX detector; or the word {' or '.join(SHIPPED)} for the package's own"
+
+
+def model_path(name: str | Path) -> Path:
+    """Returns the file that a command's argument names, a path or a word of ``SHIPPED``."""
+    return SHIPPED[str(name)]() if str(name) in SHIPPED else Path(name)
 
 
 def _file(name: str) -> Path:

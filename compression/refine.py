@@ -1,0 +1,221 @@
+"""A short training of an INT8 model: weights and biases learn to live with the rounding.
+
+Quantization-aware fine-tuning after calibration (Nagel et al., "A White Paper on Neural Network
+Quantization", arXiv 2106.08295, section 5), with the float model as the only teacher: photos need
+no labels. The grids stay as calibration has chosen them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..models.dataset import load_image
+from ..models.graph import require_onnx
+from ..models.preprocess import prepare
+from ..models.spec import ModelSpec
+from .calibrate import session
+from .distill import bernoulli_divergence
+from .photos import augment
+from .qdq import Links
+from .torch_graph import WEIGHT_CODE_MAX, TorchGraph
+from .train import RelativeAdam
+
+PROBABILITY_MIN = 1e-5
+"""Scores are compared as if none were closer to 0 or 1: the rest is rounding."""
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """How long and how fast to refine.
+
+    Attributes:
+        photos: Photo passes in all.
+        batch: Photos per step.
+        rate: Largest step, relative to each channel's weights.
+        warmup: Part of the run in which the rate rises.
+        seed: Of order and augmentation.
+    """
+
+    photos: int = 1200
+    batch: int = 4
+    rate: float = 2e-4
+    warmup: float = 0.1
+    seed: int = 0
+
+
+def refine(
+    quantized: Any,
+    original: Any,
+    spec: ModelSpec,
+    photos: Sequence[Path],
+    config: RefineConfig,
+    *,
+    progress: Callable[..., Any] = tqdm,
+) -> Any:
+    """Returns a QDQ model whose outputs are closer to the float model's.
+
+    Args:
+        quantized: QDQ ``onnx.ModelProto``.
+        original: The float model, with the same input and outputs.
+        spec: Of both.
+        photos: To learn from, no labels needed.
+        config: How long and how fast.
+        progress: Wraps iterables, as ``tqdm`` does.
+
+    Raises:
+        ModelFileError: The graph has an operator that training does not know.
+        DatasetError: A photo cannot be read.
+    """
+    torch.set_flush_denormal(True)
+    student = TorchGraph(quantized).train()
+    teacher = session(original)
+    optimizer = RelativeAdam(student.parameters(), config.rate)
+    steps = math.ceil(config.photos / config.batch)
+    batches = _batches(photos, spec, config, steps)
+    for step, tensors in enumerate(progress(batches, total=steps, desc="refine", unit="step")):
+        part = step / steps
+        for group in optimizer.param_groups:
+            rise = min(1.0, (part + 1 / steps) / config.warmup)
+            group["rate"] = config.rate * rise * 0.5 * (1 + math.cos(math.pi * part))
+        feed = teacher.get_inputs()[0].name
+        goals = [teacher.run(None, {feed: tensor}) for tensor in tensors]
+        wanted = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*goals, strict=True)]
+        found = student(torch.from_numpy(np.concatenate(tensors)))
+        loss = output_distance(spec, found, wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return stored(student, quantized)
+
+
+def _batches(
+    photos: Sequence[Path], spec: ModelSpec, config: RefineConfig, steps: int
+) -> Iterator[list[Any]]:
+    for step in range(steps):
+        tensors = []
+        for position in range(step * config.batch, (step + 1) * config.batch):
+            epoch, index = divmod(position, len(photos))
+            order = np.random.default_rng((config.seed, epoch)).permutation(len(photos))
+            rng = np.random.default_rng((config.seed, epoch, index))
+            image, _ = augment(load_image(photos[order[index]]), rng, spec)
+            tensors.append(prepare(image, spec)[0])
+        yield tensors
+
+
+def distance(changed: Any, original: Any, spec: ModelSpec, photos: Sequence[Path]) -> float:
+    """Returns the mean ``output_distance`` of two models on photos as they are."""
+    runners = [session(model) for model in (changed, original)]
+    total = 0.0
+    for path in photos:
+        tensor = prepare(load_image(path), spec)[0]
+        found, wanted = (
+            [torch.from_numpy(o) for o in r.run(None, {r.get_inputs()[0].name: tensor})]
+            for r in runners
+        )
+        total += float(output_distance(spec, found, wanted))
+    return total / len(photos)
+
+
+def output_distance(spec: ModelSpec, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Returns how far outputs are from the teacher's, a scalar; zero where they agree.
+
+    Cells count by how sure teacher or student is of an object there, as in distillation.
+
+    Args:
+        spec: Says which numbers are scores and which are boxes.
+        found: The student's outputs.
+        wanted: The teacher's.
+    """
+    ours, goal = _parts(spec, found), _parts(spec, wanted)
+    sure = _confidence(spec, goal.scores).square()
+    weight = torch.maximum(sure, _confidence(spec, ours.scores).square().detach())
+    total = sure.sum().clamp_min(1e-6)
+    p, q = (
+        torch.logit(s.clamp(PROBABILITY_MIN, 1 - PROBABILITY_MIN))
+        for s in (ours.scores, goal.scores)
+    )
+    scores = (bernoulli_divergence(p, q).sum(2) * weight).sum() / total
+    if goal.bins:
+        shape = (*goal.boxes.shape[:2], 4, goal.bins)
+        mine, theirs = (b.reshape(shape).log_softmax(3) for b in (ours.boxes, goal.boxes))
+        error = (theirs.exp() * (theirs - mine)).sum(3).sum(2)
+    else:
+        size = goal.boxes.std(dim=(0, 1)).clamp_min(1e-6)
+        error = ((ours.boxes - goal.boxes) / size).square().mean(2)
+    return scores + (error * sure).sum() / total
+
+
+def _logit(scores: Tensor) -> Tensor:
+    return torch.logit(scores.clamp(PROBABILITY_MIN, 1 - PROBABILITY_MIN))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Scores ``(b, n, k)`` in 0..1 and boxes ``(b, n, m)``; ``bins`` per side, or 0."""
+
+    scores: Tensor
+    boxes: Tensor
+    bins: int
+
+
+def _parts(spec: ModelSpec, outputs: Sequence[Tensor]) -> _Parts:
+    classes = len(spec.classes)
+    first = outputs[0]
+    if spec.head == "yolox":
+        return _Parts(first[..., 4:], first[..., :4], 0)
+    if spec.head == "nanodet_plus":
+        return _Parts(first[..., :classes], first[..., classes:], spec.reg_max + 1)
+    if spec.head == "yolov8":
+        return _Parts(first[:, 4:].transpose(1, 2), first[:, :4].transpose(1, 2), 0)
+    by_size = sorted(outputs, key=lambda o: -o.shape[1])
+    scores = torch.cat([o for o in by_size if o.shape[2] == _scores_width(spec)], 1)
+    boxes = torch.cat([o for o in by_size if o.shape[2] != _scores_width(spec)], 1)
+    if spec.head == "ssdlite":
+        return _Parts(scores.softmax(2)[..., 1:], boxes, 0)
+    return _Parts(scores, boxes, spec.reg_max + 1)
+
+
+def _scores_width(spec: ModelSpec) -> int:
+    """Returns the width of the outputs that hold scores, where boxes have outputs of their own."""
+    return len(spec.classes) + (spec.head == "ssdlite")
+
+
+def _confidence(spec: ModelSpec, scores: Tensor) -> Tensor:
+    """Returns ``(b, n)``: how sure the network is of an object in each cell, 0..1."""
+    if spec.head == "yolox":
+        return scores[..., 0] * scores[..., 1:].amax(2)
+    return scores.amax(2)
+
+
+@torch.no_grad()
+def stored(student: TorchGraph, quantized: Any) -> Any:
+    """Returns the QDQ model with the student's weights and biases on the same grids."""
+    onnx = require_onnx()
+    numpy_helper = onnx.numpy_helper
+    result = onnx.ModelProto()
+    result.CopyFrom(quantized)
+    links = Links(result.graph)
+    for name, index in student.trained.items():
+        value = student.values[int(index)].double().numpy()
+        maker = links.maker.get(name)
+        if maker is None:
+            tensor = links.stored[name]
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+            continue
+        codes, scale = (numpy_helper.to_array(links.stored[n]) for n in maker.input[:2])
+        axis = next((a.i for a in maker.attribute if a.name == "axis"), 1)
+        if scale.ndim:
+            scale = scale.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
+        top = WEIGHT_CODE_MAX if codes.dtype == np.int8 else 2**31 - 1
+        new = np.clip(np.rint(value / scale.astype(np.float64)), -top, top).astype(codes.dtype)
+        links.stored[maker.input[0]].CopyFrom(numpy_helper.from_array(new, maker.input[0]))
+    return result

@@ -1,0 +1,138 @@
+"""Training an INT8 graph in torch: it computes what ONNX Runtime computes, and gets better."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from edgesight.compression.calibrate import chosen_photos, session
+from edgesight.compression.onnx_io import fold_preprocess, tidy
+from edgesight.compression.quantize import QuantizeConfig, quantize
+from edgesight.compression.refine import (
+    RefineConfig,
+    distance,
+    output_distance,
+    refine,
+    stored,
+)
+from edgesight.compression.torch_graph import TorchGraph
+from edgesight.models.detector import OnnxDetector
+from edgesight.models.errors import ModelFileError
+from edgesight.models.graph import load_model
+from edgesight.models.preprocess import prepare
+from edgesight.models.spec import ModelSpec
+
+graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
+SPEC, detector = graphs.SPEC, graphs.detector
+
+
+def quiet(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return items
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    rng = np.random.default_rng(1)
+    paths = [tmp_path / f"{i}.png" for i in range(12)]
+    for path in paths:
+        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(path), cv2.resize(small, (80, 60), interpolation=cv2.INTER_CUBIC))
+    return paths
+
+
+def outputs(model: Any, tensors: list[Any]) -> list[Any]:
+    runner = session(model, optimise=False)
+    feed = runner.get_inputs()[0].name
+    each = [runner.run(None, {feed: tensor}) for tensor in tensors]
+    return [np.concatenate(parts) for parts in zip(*each, strict=True)]
+
+
+@pytest.mark.parametrize("activation", ["silu", "leaky"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_torch_computes_what_onnx_runtime_computes(
+    photos: list[Path], activation: str, folded: bool
+) -> None:
+    model, spec = tidy(detector(activation)), SPEC
+    if folded:
+        model, spec = fold_preprocess(model, spec)
+    tensors = [prepare(cv2.imread(str(p)), spec)[0] for p in photos[:3]]
+    config = QuantizeConfig(photos_max=6)
+    small = quantize(model, spec, photos, config, progress=quiet).model
+    for graph, limit in ((model, 1e-4), (small, 2e-2)):
+        with torch.no_grad():
+            found = TorchGraph(graph)(torch.from_numpy(np.concatenate(tensors)))
+        for a, b in zip(outputs(graph, tensors), found, strict=True):
+            assert np.abs(a - b.numpy()).mean() < limit * a.std()
+
+
+def test_what_is_not_trained_is_written_back_as_it_was(photos: list[Path]) -> None:
+    small = quantize(detector(), SPEC, photos, QuantizeConfig(photos_max=6), progress=quiet).model
+    again = stored(TorchGraph(small), small)
+    before = {t.name: onnx.numpy_helper.to_array(t) for t in small.graph.initializer}
+    for tensor in again.graph.initializer:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), before[tensor.name])
+
+
+def test_refining_brings_the_int8_model_nearer(photos: list[Path]) -> None:
+    model = tidy(detector("leaky", uneven=0.7))
+    small = quantize(model, SPEC, photos, QuantizeConfig(photos_max=8), progress=quiet).model
+    config = RefineConfig(photos=160, batch=4, rate=2e-3)
+    better = refine(small, model, SPEC, photos, config, progress=quiet)
+    assert distance(better, model, SPEC, photos) < 0.9 * distance(small, model, SPEC, photos)
+    codes = {t.name for t in small.graph.initializer}
+    assert {t.name for t in better.graph.initializer} == codes
+    assert refine(small, model, SPEC, photos, config, progress=quiet) == better
+
+
+def test_quantize_refines_when_asked_and_says_what_it_brought(photos: list[Path]) -> None:
+    config = QuantizeConfig(photos_max=8, refine=24)
+    report = quantize(detector(), SPEC, photos, config, progress=quiet).report["refined"]
+    assert report["photos"] == 24
+    assert report["kept"] == (report["distance after"] < report["distance before"])
+
+
+@pytest.mark.parametrize("head", ["yolox", "nanodet_plus", "nanodet", "yolov8", "ssdlite"])
+def test_distance_is_zero_for_equal_outputs_and_positive_else(head: str) -> None:
+    rng = np.random.default_rng(0)
+    width = {"yolox": 7, "nanodet_plus": 2 + 32}.get(head)
+    shapes = {
+        "nanodet": [(1, 16, 2), (1, 4, 32), (1, 16, 32), (1, 4, 2)],
+        "yolov8": [(1, 6, 20)],
+        "ssdlite": [(1, 20, 3), (1, 20, 4)],
+    }.get(head, [(1, 20, width)])
+    spec = ModelSpec(head=head, input_hw=(32, 32), classes=("a", "b"))
+    wanted = [torch.from_numpy(rng.uniform(0.1, 0.9, s).astype(np.float32)) for s in shapes]
+    assert float(output_distance(spec, wanted, wanted)) == pytest.approx(0, abs=1e-6)
+    for i in range(len(wanted)):
+        other = [w + 0.2 * (k == i) * torch.rand(w.shape) for k, w in enumerate(wanted)]
+        assert float(output_distance(spec, other, wanted)) > 1e-4
+
+
+def test_an_unknown_operator_is_named() -> None:
+    model = detector()
+    model.graph.node[-1].op_type = "Erf"
+    with pytest.raises(ModelFileError, match="found Erf"):
+        TorchGraph(model)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    "name", ["yolox_nano_416.onnx", "nanodet_plus_m_416.onnx", "nanodet_m_416.onnx"]
+)
+def test_real_detectors_compute_the_same_in_torch(shared: Path, name: str) -> None:
+    path = shared / "weights" / name
+    spec, model = OnnxDetector(path).spec, tidy(load_model(path))
+    files = chosen_photos(list((shared / "data" / "unlabelled" / "images").iterdir()), 2, 0)
+    tensors = [prepare(cv2.imread(str(file)), spec)[0] for file in files]
+    with torch.no_grad():
+        found = TorchGraph(model)(torch.from_numpy(np.concatenate(tensors)))
+    for a, b in zip(outputs(model, tensors), found, strict=True):
+        np.testing.assert_allclose(b.numpy(), a, atol=1e-3 * max(1.0, np.abs(a).max()))
