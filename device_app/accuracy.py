@@ -240,6 +240,8 @@ class ReferenceAccuracy:
             self._why_none = str(error)
             if self._required:
                 self.error = error
+        except Exception as error:  # of the runtime: the live view goes on, and says so
+            self._why_none = f"the reference model failed: {' '.join(str(error).split())[:160]}"
 
     def _compare_all(self) -> None:
         detector: OnnxDetector | None = None

@@ -17,7 +17,7 @@ from .errors import ModelFileError
 from .files import is_file
 from .heads import HEADS
 from .preprocess import Image, Placement, prepare
-from .recognise import read_spec
+from .recognise import check_raw, read_spec
 from .spec import ModelSpec
 
 SCORE_MIN_EVAL = 0.05
@@ -72,10 +72,17 @@ class OnnxDetector:
         self._check_input(inputs[self._input_name], self.session.get_inputs()[0].type)
         # The first run allocates and, on some boards, compiles: nobody should time it.
         try:
-            self(np.zeros((*self.spec.input_hw, 3), np.uint8))
+            tensor, placement = self.preprocess(np.zeros((*self.spec.input_hw, 3), np.uint8))
+            raw = self.infer(tensor)
+            self.postprocess(raw, placement)
         except Exception as error:
             message = f"{self.path}: expected a model that runs, found: {_one_line(error)}"
             raise ModelFileError(message) from error
+        try:
+            check_raw(self.spec, raw)
+        except ModelFileError as error:
+            message = f"{self.path}: {error}"
+            raise ModelFileError(message) from None
 
     def preprocess(self, image: Image) -> tuple[npt.NDArray[Any], Placement]:
         """Returns the network's input for a BGR picture, and where the picture lies in it."""

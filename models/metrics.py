@@ -205,7 +205,7 @@ def bootstrap(
     """
     weights = draw(table.photos, resamples, seed)
     value = float(resampled_ap(table, np.ones((1, table.photos), np.int64))[0])
-    return _interval(value, resampled_ap(table, weights), level)
+    return _interval(value, resampled_ap(table, weights), level, least=0.0)
 
 
 def paired_bootstrap(
@@ -354,10 +354,13 @@ def _mean(values: DoubleArray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _interval(value: float, samples: DoubleArray, level: float) -> Interval:
+def _interval(
+    value: float, samples: DoubleArray, level: float, *, least: float = -100.0
+) -> Interval:
     known = samples[np.isfinite(samples)]
     if not len(known):
         return Interval(value, float("nan"), float("nan"), level, 0)
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     shift = value - float(known.mean())
-    return Interval(value, float(low) + shift, float(high) + shift, level, len(known))
+    low, high = np.clip([low + shift, high + shift], least, 100.0)  # centring can go too far
+    return Interval(value, float(low), float(high), level, len(known))

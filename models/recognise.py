@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from .coco import COCO_CLASSES
+from .detections import FloatArray
 from .errors import ModelFileError
-from .heads import HEADS, grid_hw, ssdlite_anchors
+from .heads import HEADS, cells, grid_hw, ssdlite_anchors
 from .spec import METADATA_KEY, ModelSpec
 
 Shape = tuple[int, ...]
@@ -85,6 +88,22 @@ def check_shapes(spec: ModelSpec, outputs: Mapping[str, Shape]) -> None:
             f"expected the outputs of a {spec.head} head with {len(spec.classes)} classes for a "
             f"{spec.input_hw[1]}x{spec.input_hw[0]} input, found {shapes}; the spec in the file "
             "does not belong to its network: export it again"
+        )
+        raise ModelFileError(message)
+
+
+def check_raw(spec: ModelSpec, outputs: Sequence[FloatArray]) -> None:
+    """Raises ``ModelFileError`` if a YOLOX's boxes are decoded already: both have one shape."""
+    if spec.head != "yolox":
+        return
+    grid = cells(spec.input_hw, spec.strides)
+    centre = outputs[0][0, :, :2]
+    as_raw = float(np.median(np.abs(centre)))
+    as_decoded = float(np.median(np.abs(centre / grid[:, 2:] - grid[:, :2])))
+    if as_raw > 4 and as_decoded < as_raw:  # in cells: raw centres lie in or near their own
+        message = (
+            "expected the raw outputs of a yolox head, found boxes in pixels; export the model "
+            "without its decoding (decode_in_inference=False)"
         )
         raise ModelFileError(message)
 

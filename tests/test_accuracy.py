@@ -233,6 +233,23 @@ def test_unusable_named_reference_is_an_error_of_the_run(tmp_path: Path) -> None
         accuracy.close()
 
 
+def test_reference_that_fails_in_mid_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(OnnxDetector):
+        def __call__(self, image: Any, *settings: Any) -> Detections:
+            message = "out of\nmemory"
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(accuracy_module, "OnnxDetector", Failing)
+    accuracy = reference(kit.build_tiny(tmp_path / "twin.onnx"))
+    accuracy.offer(frame(), Detections.empty())
+    accuracy._thread.join(GUARD_S)
+    found = accuracy.figures()
+    assert found["kind"] == "none"
+    assert "the reference model failed: out of memory" in found["text"]
+
+
 def test_reference_is_not_loaded_before_the_first_frame(tmp_path: Path) -> None:
     path = kit.build_tiny(tmp_path / "twin.onnx")
     accuracy = reference(path)

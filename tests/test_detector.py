@@ -11,6 +11,7 @@ import pytest
 from edgesight.models.detections import Detections
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import ModelFileError
+from edgesight.models.heads import cells
 from edgesight.models.spec import METADATA_KEY, ModelSpec
 from onnx import helper, numpy_helper
 
@@ -41,6 +42,16 @@ def test_a_file_without_spec_is_recognised_and_stages_add_up(tiny_onnx: Any) -> 
     tensor, placement = detector.preprocess(PICTURE)
     assert tensor.shape == (1, 3, 32, 32)
     check_boxes(detector.postprocess(detector.infer(tensor), placement))
+
+
+def test_a_yolox_with_its_decoding_inside_is_refused(tiny_onnx: Any) -> None:
+    grid = cells((32, 32), (8, 16, 32))
+    rows = np.random.default_rng(0).uniform(0, 1, (1, len(grid), 8)).astype(np.float32)
+    raw = tiny_onnx({"output": rows}, name="raw.onnx")
+    assert OnnxDetector(raw).spec.head == "yolox"
+    rows[0, :, :2] = (rows[0, :, :2] + grid[:, :2]) * grid[:, 2:]
+    rows[0, :, 2:4] = np.exp(rows[0, :, 2:4]) * grid[:, 2:]
+    fails(tiny_onnx({"output": rows}), "found boxes in pixels; export the model without its dec")
 
 
 def test_floor_and_limit(tiny_onnx: Any) -> None:
