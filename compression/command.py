@@ -23,13 +23,14 @@ DESCRIPTION = (
     "sample photos, in ./runs/demo."
 )
 EXAMPLE = "edgesight compress recipe.toml"
+REFINE_PHOTOS = 1200
 DEMO_OUT = Path("runs/demo")
 NO_PLACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NEEDED = ("torch", "onnx", "pydantic", "safetensors", "jinja2", "matplotlib")
 DEMO_STEPS: list[dict[str, Any]] = [
     {"kind": "prune", "macs_ratio": 0.85, "photos": 5},
     {"kind": "distill", "photos": 80, "batch": 4, "labels": "none"},
-    {"kind": "quantize", "photos": 5},
+    {"kind": "quantize", "photos": 5, "refine": 40},
     {"kind": "verify", "resamples": 200, "latency_rounds": 30},
 ]
 
@@ -56,6 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("cortex-a76", "cortex-a72", "x86-64"),
         help="core that --quantize-only is for (default cortex-a76)",
     )
+    parser.add_argument(
+        "--refine",
+        type=_natural,
+        metavar="N",
+        help=f"photo passes of training in --quantize-only (default {REFINE_PHOTOS}); 0: none",
+    )
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        message = f"expected a whole number from 0, found {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -105,7 +119,7 @@ def require_extras() -> None:
 def _check(args: argparse.Namespace) -> None:
     only = {
         name: getattr(args, name)
-        for name in ("photos", "eval", "head", "target")
+        for name in ("photos", "eval", "head", "target", "refine")
         if getattr(args, name) is not None
     }
     if args.quantize_only is None and only:
@@ -182,7 +196,14 @@ def _quantize_only(args: argparse.Namespace) -> dict[str, Any]:
     target = args.target or "cortex-a76"
     out = args.out or model.with_name(f"{model.stem}_int8.onnx")
     report = quantize_file(
-        model, args.photos, out, target, head=args.head, labelled=args.eval, progress=not args.quiet
+        model,
+        args.photos,
+        out,
+        target,
+        head=args.head,
+        labelled=args.eval,
+        refine=REFINE_PHOTOS if args.refine is None else args.refine,
+        progress=not args.quiet,
     )
     return report | {"out": str(out), "seconds": round(time.monotonic() - start, 1)}
 

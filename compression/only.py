@@ -37,6 +37,7 @@ def quantize_file(
     *,
     head: str | None = None,
     labelled: Path | None = None,
+    refine: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Turns a float ONNX detector into an INT8 one, and says what that costs and saves.
@@ -49,6 +50,7 @@ def quantize_file(
         target: Core that it is for.
         head: Where the file does not tell.
         labelled: Photos with boxes, for AP before and after.
+        refine: Photo passes of training after calibration; 0: none.
         progress: Show bars.
 
     Returns:
@@ -71,7 +73,7 @@ def quantize_file(
     spec = spec.with_changes(name=spec.name or source.stem)
     plain, folded = fold_preprocess(tidy(model), spec)
     set_metadata(plain, NET_KEY, None)
-    settings = QuantizeConfig(target=target)
+    settings = QuantizeConfig(target=target, refine=refine)
 
     def bars(items: Any, **options: Any) -> Any:
         return tqdm(items, disable=not progress, **options)

@@ -218,8 +218,8 @@ def _refined(
     kept = after < before
     report["refined"] = {
         "photos": config.refine,
-        "distance before": _rounded(before),
-        "distance after": _rounded(after),
+        "distance before": float(f"{before:.6g}"),
+        "distance after": float(f"{after:.6g}"),
         "kept": kept,
     }
     return trained if kept else quantized

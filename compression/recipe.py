@@ -190,13 +190,14 @@ class QuantizeStep(_Strict):
     Attributes:
         photos: Photos to calibrate on, at most.
         integer_share_min: At least this part of the convolution MACs stays integer.
-        refine: Photo passes of training after calibration, with the float network as teacher.
+        refine: Photo passes of training after calibration, with the float network as teacher;
+            0: none.
     """
 
     kind: Literal["quantize"]
     photos: int = Field(320, ge=1)
     integer_share_min: float = Field(0.9, ge=0, le=1)
-    refine: int = Field(0, ge=0)
+    refine: int = Field(1200, ge=0)
 
 
 class VerifyStep(_Strict):

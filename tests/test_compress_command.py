@@ -120,6 +120,7 @@ def test_the_demonstration(
         (["none.toml"], "none.toml: expected a recipe"),
         (["--photos", "photos"], "expected --photos with --quantize-only"),
         (["r.toml", "--target", "x86-64"], "expected --target with --quantize-only"),
+        (["r.toml", "--refine", "0"], "expected --refine with --quantize-only"),
         (["--quantize-only", "m.onnx"], "expected --photos DIR"),
         (["--quantize-only", "m.onnx", "--photos", "photos"], "m.onnx: expected an ONNX model"),
         (["r.toml", "--quantize-only", "m.onnx", "--photos", "photos"], "found both"),

@@ -29,7 +29,7 @@ def test_nanodet_plus_from_weights_to_int8(shared: Path, tmp_path: Path) -> None
         "steps": [
             {"kind": "prune", "macs_ratio": 0.55, "photos": 8},
             {"kind": "distill", "photos": 16, "batch": 4, "labels": "none"},
-            {"kind": "quantize", "photos": 8},
+            {"kind": "quantize", "photos": 8, "refine": 8},
             {"kind": "verify", "resamples": 30, "latency_rounds": 4},
         ],
     }

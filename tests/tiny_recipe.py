@@ -11,7 +11,7 @@ import numpy as np
 CLASSES = ["a", "b", "c"]
 PRUNE = {"kind": "prune", "macs_ratio": 0.6, "photos": 6, "align": 4}
 DISTILL = {"kind": "distill", "photos": 24, "batch": 4}
-QUANTIZE = {"kind": "quantize", "photos": 6}
+QUANTIZE = {"kind": "quantize", "photos": 6, "refine": 24}
 VERIFY = {"kind": "verify", "resamples": 40, "latency_rounds": 4}
 STEPS: list[dict[str, Any]] = [PRUNE, DISTILL, QUANTIZE, VERIFY]
 
