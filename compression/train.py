@@ -183,7 +183,7 @@ def _step(
         terms["label_scores"], terms["label_boxes"] = label_loss(net, output, batch.targets)
         loss = loss + weights.labels * (terms["label_scores"] + terms["label_boxes"])
     if not bool(torch.isfinite(loss)):
-        message = f"expected a finite loss, found {float(loss)}; lower the rate of the step"
+        message = f"expected a finite loss, found {float(loss.detach())}; lower the rate of the step"
         raise RecipeError(message)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

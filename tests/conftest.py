@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder of development photos and weights."""
     return SHARED
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, small ones faster; no flushing of tiny numbers is left for other tests."""
+    import torch  # not there where the board's part alone is tested
+
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """After the test no thread of the loop may be left."""
+    yield
+    until = time.monotonic() + 5
+    while True:
+        ours = [t.name for t in threading.enumerate() if t.name.startswith("edgesight-")]
+        if not ours:
+            return
+        assert time.monotonic() < until, ours
+        time.sleep(0.01)
 
 
 CELLS = 4 * 4 + 2 * 2 + 1  # of a 32x32 input at strides 8, 16, 32

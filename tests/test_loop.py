@@ -5,7 +5,6 @@ from __future__ import annotations
 import runpy
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,62 +20,21 @@ from edgesight.device_app.sinks import MemorySink
 from edgesight.device_app.sources import BaseSource, ListSource, Picture
 from edgesight.models.dataset import GroundTruth
 from edgesight.models.detections import Detections
-from edgesight.models.detector import OnnxDetector
 from edgesight.models.preprocess import Image
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
-GUARD_S = 60
-
-
-class SlowDetector(OnnxDetector):
-    """Takes its time, as a big network on a small board does."""
-
-    delay_s = 0.0
-
-    def infer(self, tensor: Any) -> Any:
-        time.sleep(self.delay_s)
-        return super().infer(tensor)
+loops: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loop_kit.py"))))
+pictures, run, until, GUARD_S = loops.pictures, loops.run, loops.until, loops.GUARD_S
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 @pytest.fixture
-def detector(tmp_path: Path) -> SlowDetector:
-    return SlowDetector(kit.build_tiny(tmp_path / "tiny.onnx"))
-
-
-@pytest.fixture(autouse=True)
-def no_thread_left() -> Iterator[None]:
-    """After every test no thread of the loop may be left."""
-    yield
-    until = time.monotonic() + 5
-    while True:
-        ours = [t.name for t in threading.enumerate() if t.name.startswith("edgesight-")]
-        if not ours:
-            return
-        assert time.monotonic() < until, ours
-        time.sleep(0.01)
-
-
-def pictures(n: int) -> list[Image]:
-    """Returns pictures whose brightness tells their number: 100, 102, ..."""
-    return [np.full((64, 64, 3), 100 + 2 * (i % 70), np.uint8) for i in range(n)]
-
-
-def run(loop: Loop) -> Loop:
-    loop.start()
-    assert loop.wait(GUARD_S)
-    loop.finish()
-    return loop
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.005)
+def detector(tmp_path: Path) -> Any:
+    return loops.SlowDetector(kit.build_tiny(tmp_path / "tiny.onnx"))
 
 
 def test_file_at_full_speed_loses_nothing_and_boxes_belong_to_their_frames(
-    detector: SlowDetector,
+    detector: Any,
 ) -> None:
     sink = MemorySink()
     detector.delay_s = 0.002
@@ -93,7 +51,7 @@ def test_file_at_full_speed_loses_nothing_and_boxes_belong_to_their_frames(
     assert loop.figures()["source_state"] == "ended"
 
 
-def test_file_is_read_and_prepared_while_the_network_works(detector: SlowDetector) -> None:
+def test_file_is_read_and_prepared_while_the_network_works(detector: Any) -> None:
     inside = threading.Event()
     overlapped: list[int] = []
 
@@ -128,7 +86,7 @@ def test_file_is_read_and_prepared_while_the_network_works(detector: SlowDetecto
     assert len(prepared) > 10
 
 
-def test_slow_network_on_a_fast_camera_sees_new_frames_only(detector: SlowDetector) -> None:
+def test_slow_network_on_a_fast_camera_sees_new_frames_only(detector: Any) -> None:
     detector.delay_s = 0.02
     ages: list[float] = []
 
@@ -152,7 +110,7 @@ def test_slow_network_on_a_fast_camera_sees_new_frames_only(detector: SlowDetect
 
 
 def test_number_of_frames_is_exact_and_the_source_is_read_no_further(
-    detector: SlowDetector,
+    detector: Any,
 ) -> None:
     source = ListSource(pictures(100))
     sink = MemorySink()
@@ -163,7 +121,7 @@ def test_number_of_frames_is_exact_and_the_source_is_read_no_further(
     assert following.sequence == 7
 
 
-def test_only_boxes_from_the_score_up_are_written(detector: SlowDetector) -> None:
+def test_only_boxes_from_the_score_up_are_written(detector: Any) -> None:
     images = [np.full((64, 64, 3), 51, np.uint8)]  # bright 0.2, dark 0.8
     classes = detector.spec.classes
     for score, labels in ((0.35, [1]), (0.1, [1, 0]), (0.9, [])):
@@ -185,7 +143,7 @@ def test_only_boxes_from_the_score_up_are_written(detector: SlowDetector) -> Non
         }
 
 
-def test_nothing_is_drawn_or_encoded_when_nobody_looks(detector: SlowDetector) -> None:
+def test_nothing_is_drawn_or_encoded_when_nobody_looks(detector: Any) -> None:
     live = LiveView()
     loop = run(Loop(ListSource(pictures(20)), detector, live=live, display=True, lossless=True))
     assert set(loop.stats.summary_ms()) == {"capture", "preprocess", "inference", "postprocess"}
@@ -194,7 +152,7 @@ def test_nothing_is_drawn_or_encoded_when_nobody_looks(detector: SlowDetector) -
 
 
 def test_viewers_get_pictures_at_a_bounded_rate_with_boxes_as_they_wish(
-    detector: SlowDetector,
+    detector: Any,
 ) -> None:
     live = LiveView()
     live.viewer_came()
@@ -237,7 +195,7 @@ def test_viewers_get_pictures_at_a_bounded_rate_with_boxes_as_they_wish(
     assert (camera._images[0] == 190).all(), "nobody draws on the frame itself"
 
 
-def test_video_sink_gets_drawn_pictures(detector: SlowDetector) -> None:
+def test_video_sink_gets_drawn_pictures(detector: Any) -> None:
     sink = MemorySink(draws=True)
     images = [np.full((240, 320, 3), 128, np.uint8)] * 3
     run(Loop(ListSource(images), detector, sinks=[sink], lossless=True))
@@ -248,7 +206,7 @@ def test_video_sink_gets_drawn_pictures(detector: SlowDetector) -> None:
         assert (frame.image == 128).all()
 
 
-def test_judged_frames_are_those_of_the_source(detector: SlowDetector, tmp_path: Path) -> None:
+def test_judged_frames_are_those_of_the_source(detector: Any, tmp_path: Path) -> None:
     class Labelled(BaseSource):
         def _next(self) -> Picture | None:
             if self._sequence == 10:
@@ -281,7 +239,7 @@ def test_live_view_hands_over_the_newest_picture_only() -> None:
     assert live.viewers == 0
 
 
-def test_figures_are_ready_for_json(detector: SlowDetector) -> None:
+def test_figures_are_ready_for_json(detector: Any) -> None:
     import json
 
     loop = run(Loop(ListSource(pictures(10)), detector, lossless=True))

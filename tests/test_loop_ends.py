@@ -6,12 +6,10 @@ import contextlib
 import runpy
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from edgesight.device_app.accuracy import ReferenceAccuracy
 from edgesight.device_app.frame import Frame
@@ -20,62 +18,21 @@ from edgesight.device_app.loop import Loop
 from edgesight.device_app.sinks import MemorySink
 from edgesight.device_app.sources import BaseSource, ListSource, Picture, ReopeningSource, Source
 from edgesight.models.detections import Detections
-from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import ModelFileError, OutputError, SourceError
 from edgesight.models.preprocess import Image
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
-GUARD_S = 60
-
-
-class SlowDetector(OnnxDetector):
-    """Takes its time, as a big network on a small board does."""
-
-    delay_s = 0.0
-
-    def infer(self, tensor: Any) -> Any:
-        time.sleep(self.delay_s)
-        return super().infer(tensor)
+loops: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loop_kit.py"))))
+pictures, run, until, GUARD_S = loops.pictures, loops.run, loops.until, loops.GUARD_S
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 @pytest.fixture
-def detector(tmp_path: Path) -> SlowDetector:
-    return SlowDetector(kit.build_tiny(tmp_path / "tiny.onnx"))
+def detector(tmp_path: Path) -> Any:
+    return loops.SlowDetector(kit.build_tiny(tmp_path / "tiny.onnx"))
 
 
-@pytest.fixture(autouse=True)
-def no_thread_left() -> Iterator[None]:
-    """After every test no thread of the loop may be left."""
-    yield
-    until = time.monotonic() + 5
-    while True:
-        ours = [t.name for t in threading.enumerate() if t.name.startswith("edgesight-")]
-        if not ours:
-            return
-        assert time.monotonic() < until, ours
-        time.sleep(0.01)
-
-
-def pictures(n: int) -> list[Image]:
-    """Returns pictures whose brightness tells their number: 100, 102, ..."""
-    return [np.full((64, 64, 3), 100 + 2 * (i % 70), np.uint8) for i in range(n)]
-
-
-def run(loop: Loop) -> Loop:
-    loop.start()
-    assert loop.wait(GUARD_S)
-    loop.finish()
-    return loop
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.005)
-
-
-def test_network_that_fails_ends_the_run_with_its_error(detector: SlowDetector) -> None:
+def test_network_that_fails_ends_the_run_with_its_error(detector: Any) -> None:
     calls = []
 
     def infer(tensor: Any) -> Any:
@@ -98,9 +55,7 @@ def test_network_that_fails_ends_the_run_with_its_error(detector: SlowDetector) 
 
 
 @pytest.mark.parametrize("lossless", [True, False])
-def test_sink_that_fails_ends_the_run_with_its_error(
-    detector: SlowDetector, lossless: bool
-) -> None:
+def test_sink_that_fails_ends_the_run_with_its_error(detector: Any, lossless: bool) -> None:
     class Full(MemorySink):
         def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
             if frame.sequence >= 3:
@@ -117,7 +72,7 @@ def test_sink_that_fails_ends_the_run_with_its_error(
     assert sink.closed
 
 
-def test_failed_run_does_not_complete_its_sinks(detector: SlowDetector) -> None:
+def test_failed_run_does_not_complete_its_sinks(detector: Any) -> None:
     completed: list[bool] = []
 
     class Noting(MemorySink):
@@ -141,15 +96,13 @@ def test_failed_run_does_not_complete_its_sinks(detector: SlowDetector) -> None:
     assert completed == [False, True]
 
 
-def test_source_without_a_frame_is_an_error(detector: SlowDetector) -> None:
+def test_source_without_a_frame_is_an_error(detector: Any) -> None:
     loop = Loop(ListSource([]), detector, lossless=True)
     with pytest.raises(SourceError, match="expected frames, found none"):
         loop.run()
 
 
-def test_reference_that_cannot_be_loaded_ends_the_run(
-    detector: SlowDetector, tmp_path: Path
-) -> None:
+def test_reference_that_cannot_be_loaded_ends_the_run(detector: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     accuracy = ReferenceAccuracy(
         tmp_path / "bad.onnx", detector.spec.classes, score=0.35, budget_percent=5
@@ -162,7 +115,7 @@ def test_reference_that_cannot_be_loaded_ends_the_run(
         loop.finish()
 
 
-def test_lost_source_is_shown_and_the_run_goes_on(detector: SlowDetector) -> None:
+def test_lost_source_is_shown_and_the_run_goes_on(detector: Any) -> None:
     opened: list[Source] = []
 
     class Dying(ListSource):
@@ -194,7 +147,7 @@ def test_lost_source_is_shown_and_the_run_goes_on(detector: SlowDetector) -> Non
     assert "retrying: expected a frame, found none" in states
 
 
-def test_stop_during_a_hanging_read_ends_all_the_same(detector: SlowDetector) -> None:
+def test_stop_during_a_hanging_read_ends_all_the_same(detector: Any) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     class Hanging(BaseSource):
@@ -218,7 +171,7 @@ def test_stop_during_a_hanging_read_ends_all_the_same(detector: SlowDetector) ->
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_end_of_the_run_wakes_waiting_viewers(detector: SlowDetector, fails: bool) -> None:
+def test_end_of_the_run_wakes_waiting_viewers(detector: Any, fails: bool) -> None:
     live = LiveView()
     answers: list[object] = []
     viewer = threading.Thread(target=lambda: answers.append(live.wait_newer(-1, GUARD_S)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,16 +29,8 @@ image = kit.image
 assert_same = kit.assert_same
 export = kit.export
 run_onnx = kit.run_onnx
-FX_NETS = ["yolox_nano", "yolox_tiny", "nanodet_plus_m"]
-SIDE = 128
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+FX_NETS, SIDE = kit.FX_NETS, kit.SIDE
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", list(NETS))

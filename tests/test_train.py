@@ -22,20 +22,11 @@ from edgesight.models.nets.common import DetectorNet
 from edgesight.models.spec import ModelSpec
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("prune_kit.py"))))
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = ModelSpec(
     "yolox", (64, 64), ("a", "b"), mean=(114.0,) * 3, std=(60.0,) * 3, resize="stretch"
 )
 CONFIG = TrainConfig(photos=48, batch=4, rate=1e-2, save_s=1e9, mixed=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in one order; and no flushing of tiny numbers left behind for other tests."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
