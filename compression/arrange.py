@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.heads import grid_hw
 from ..models.spec import ModelSpec
-from .levels import Layout
+from .levels import CELL_OFFSETS, Layout
 
 Tail = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 TOLERANCE = 1e-4
@@ -152,12 +152,15 @@ def _our_order(
         boxes = [i for i in range(count) if i not in scores]
         order = (*boxes, *scores)
         bins = len(boxes) // 4 if softmax and len(boxes) % 4 == 0 else 0
-        layout = Layout(slice(len(boxes), None), slice(0, len(boxes)), bins)
+        parts = slice(len(boxes), None), slice(0, len(boxes))
+        layout = Layout(*parts, bins, cell_offset=CELL_OFFSETS["yolov8"])
     else:
         order = tuple(found)
         layout = Layout(slice(4, None), slice(0, 4), objectness=True)
         if spec.head != "yolox":
-            layout = Layout(slice(0, classes), slice(classes, None), bins=spec.reg_max + 1)
+            parts = slice(0, classes), slice(classes, None)
+            offset = CELL_OFFSETS.get(spec.head, 0.0)
+            layout = Layout(*parts, spec.reg_max + 1, cell_offset=offset)
     return (order, layout) if sorted(order) == list(range(count)) else None
 
 

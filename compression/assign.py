@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.nets.common import DetectorNet
-from .levels import take_apart
+from .levels import layout_of, take_apart
 
 CELLS_PER_BOX = 10
 BETA = 6.0  # weight of the overlap against the score, as in the paper
@@ -89,6 +89,7 @@ class _Cells:
 
 def _cells(net: DetectorNet, levels: Sequence[Tensor]) -> _Cells:
     logits, boxes, bins, centres, strides = [], [], [], [], []
+    offset = layout_of(net).cell_offset
     for level, stride in zip(levels, net.strides, strict=True):
         parts = take_apart(net, level)
         b, _, h, w = level.shape
@@ -99,7 +100,7 @@ def _cells(net: DetectorNet, levels: Sequence[Tensor]) -> _Cells:
         if parts.bins:
             shaped = raw.reshape(b, h * w, 4, parts.bins)
             side = shaped.softmax(3) @ torch.arange(parts.bins).to(level) * stride
-            centre = grid * stride
+            centre = (grid + offset) * stride
             boxes.append(torch.cat([centre - side[..., :2], centre + side[..., 2:]], -1))
             bins.append(shaped)
         else:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..models.dataset import Dataset, GroundTruth, map_classes, open_dataset
+from ..models.dataset import Dataset, GroundTruth, Photo, map_classes, open_dataset
+from ..models.detections import IntArray
 from ..models.errors import DatasetError
 from ..models.evaluate import Detector, bar
 from .photos import PhotoLabels
@@ -65,18 +66,20 @@ def open_photos(
     opened = [open_dataset(folder) for folder in folders]
     split = sum(map(len, opened)) >= SPLIT_MIN and (hold_out is not None or eval_folder is None)
     hold_out = hold_out or HOLD_OUT
+    # A folder whose every number is such a multiple is learned from whole.
+    parted = [split and any(p.image_id % hold_out for p in d.photos) for d in opened]
     train = tuple(
-        d.subset(lambda p: p.image_id % hold_out != 0)
-        if split and any(p.image_id % hold_out for p in d.photos)
-        else d
-        for d in opened
+        d.subset(lambda p: p.image_id % hold_out != 0) if parts else d
+        for d, parts in zip(opened, parted, strict=True)
     )
     if eval_folder is not None:
         check, kind = open_dataset(eval_folder), "eval"
         check.labels()
         _refuse_overlap(train, check)
-    elif split and (held := [_held(d, hold_out) for d in opened]) and any(held):
-        check, kind = _joined([h for h in held if h is not None]), "held out"
+    elif held := [
+        h for d, parts in zip(opened, parted, strict=True) if parts and (h := _held(d, hold_out))
+    ]:
+        check, kind = _joined(held), "held out"
     else:
         check, kind = _joined(opened), "same photos"
     return PhotoSet(train, check, kind, _fingerprint(train), _fingerprint([check]))
@@ -90,13 +93,14 @@ def _held(data: Dataset, hold_out: int) -> Dataset | None:
 
 def _joined(parts: Sequence[Dataset]) -> Dataset:
     """Returns one dataset; labelled parts alone if some are, because only there AP is known."""
-    labelled = [p for p in parts if p.truths is not None and p.classes == parts[0].classes]
-    if labelled and parts[0].truths is not None:
+    known = [p for p in parts if p.truths is not None]
+    labelled = [p for p in known if p.classes == known[0].classes]
+    if labelled:
         truths: tuple[GroundTruth, ...] = ()
         for part in labelled:
             truths += part.truths or ()
         photos = tuple(photo for part in labelled for photo in part.photos)
-        return Dataset(" + ".join(p.name for p in labelled), photos, parts[0].classes, truths)
+        return Dataset(" + ".join(p.name for p in labelled), photos, known[0].classes, truths)
     photos = tuple(photo for part in parts for photo in part.photos)
     return Dataset(" + ".join(p.name for p in parts), photos)
 
@@ -148,13 +152,33 @@ def photo_labels(
             place = np.flatnonzero(shared.from_model >= 0)  # shared class -> the model's number
             order = np.argsort(shared.from_model[place], kind="stable")
             numbers = place[order]
-            for truth in data.truths:
-                known = shared.truth(truth)[:]
+            unseen = np.flatnonzero(shared.from_model < 0)
+            pairs = list(zip(data.photos, data.truths, strict=True))
+            title = "boxes of classes without labels"
+            for photo, truth in bar(pairs, title, progress and len(unseen) > 0):
+                known = shared.truth(truth)
                 keep = ~known.iscrowd
                 ones = np.ones(int(keep.sum()), np.float32)
-                result.append(PhotoLabels(known.xyxy[keep], numbers[known.label[keep]], ones))
+                people = PhotoLabels(known.xyxy[keep], numbers[known.label[keep]], ones)
+                # What nobody looked for is not absent: there the uncut network is asked.
+                result.append(_with_teacher(people, photo, teacher, unseen))
             continue
         for photo in bar(data.photos, "boxes of the uncut network", progress):
             found = teacher(photo.load(), TEACHER_SCORE, 100)
             result.append(PhotoLabels(found.xyxy, found.label, found.score))
     return result
+
+
+def _with_teacher(
+    people: PhotoLabels, photo: Photo, teacher: Detector, classes: IntArray
+) -> PhotoLabels:
+    """Returns people's boxes, and the uncut network's of these classes."""
+    if not len(classes):
+        return people
+    found = teacher(photo.load(), TEACHER_SCORE, 100)
+    mine = np.isin(found.label, classes)
+    return PhotoLabels(
+        np.concatenate([people.xyxy, found.xyxy[mine]]),
+        np.concatenate([people.label, found.label[mine]]),
+        np.concatenate([people.weight, found.score[mine]]),
+    )

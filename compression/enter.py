@@ -83,7 +83,8 @@ def _check_equal(net: ForeignNet, detector: OnnxDetector, spec: ModelSpec) -> No
     except Exception as error:
         message = (
             "expected a network that takes more than one picture at a time, found one that fixes "
-            f"its batch: {' '.join(str(error).split())[:160]}; export it with a dynamic batch"
+            f"its batch: {' '.join(str(error).split())[:160]}; export it with reshapes that keep "
+            "the batch (-1), or only quantize it"
         )
         raise ModelFileError(message) from error
     parts = found if isinstance(found, tuple) else (found,)

@@ -220,6 +220,7 @@ def rescale(model: Any, labels: ChannelLabels, factor: FloatArray) -> Any:
     result.CopyFrom(model)
     graph = result.graph
     links = Links(model.graph)
+    shapes = tensor_shapes(model)
     changed: dict[str, FloatArray] = {}
     body = {node.name for node in body_nodes(model)}
     nodes: list[Any] = []
@@ -230,7 +231,8 @@ def rescale(model: Any, labels: ChannelLabels, factor: FloatArray) -> Any:
         by = factor[labels.of[name]].astype(np.float32)
         if (by == 1).all():
             return None
-        stored = numpy_helper.from_array(by.reshape(1, -1, 1, 1), f"{stem}_factor")
+        shape = [1, -1, *[1] * (len(shapes[name]) - 2)]
+        stored = numpy_helper.from_array(by.reshape(shape), f"{stem}_factor")
         graph.initializer.append(stored)
         nodes.append(helper.make_node("Mul", [name, stored.name], [stem], f"{stem}_mul"))
         return stem

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..models.nets.common import DetectorNet
 
+CELL_OFFSETS = {"nanodet": 0.5, "yolov8": 0.5}
+"""Heads whose sides are counted from the middle of a cell; NanoDet-Plus counts from its corner."""
+
 
 @dataclass(frozen=True)
 class LevelParts:
@@ -36,12 +39,19 @@ class Layout:
         boxes: Distribution bins, offsets, or whatever is only compared by distance.
         bins: Bins per box side if boxes are distributions (-1: a quarter of them), else 0.
         objectness: Whether the first logit is the objectness, which multiplies the classes.
+        cell_offset: Where in its cell a distribution's sides are counted from, 0..1.
     """
 
     logits: slice
     boxes: slice
     bins: int = 0
     objectness: bool = False
+    cell_offset: float = 0.0
+
+    @property
+    def learns_boxes(self) -> bool:
+        """Whether boxes can be read from a map, and so learned from labels."""
+        return self.objectness or self.bins != 0
 
 
 def layout_of(net: DetectorNet) -> Layout:
@@ -57,7 +67,8 @@ def layout_of(net: DetectorNet) -> Layout:
         return Layout(slice(4, None), slice(0, 4), objectness=True)
     if net.spec_head in ("nanodet", "nanodet_plus"):
         count = net.num_classes
-        return Layout(slice(0, count), slice(count, None), bins=-1)
+        offset = CELL_OFFSETS.get(net.spec_head, 0.0)
+        return Layout(slice(0, count), slice(count, None), bins=-1, cell_offset=offset)
     message = f"expected a yolox or nanodet head, found {net.spec_head!r}"
     raise ValueError(message)
 

@@ -89,7 +89,7 @@ def quantize_file(
         figures = verify(subject, check, found.check_kind, progress=progress)
         same = _same_as_source(source, before, head, check)
         figures["passed"] = figures["passed"] and same
-        notes = figures.pop("notes")
+        notes = [*result.notes, *figures.pop("notes")]
         if not same:
             notes.insert(0, "with the pre-processing put into the file, it sees something else")
         save_model(result.model, out, folded)

@@ -55,11 +55,19 @@ def tidy(model: Any) -> Any:
     name, every convolution a bias.
 
     Raises:
-        ModelFileError: ONNX cannot convert the opset, or ONNX Runtime cannot read the graph.
+        ModelFileError: Operators are not ONNX's own, ONNX cannot convert the opset, or ONNX Runtime
+            cannot read the graph.
     """
     onnx = require_onnx()
     from onnx import version_converter
 
+    strange = sorted({n.domain for n in model.graph.node} - {"", "ai.onnx"})
+    if strange:
+        message = (
+            f"expected ONNX's own operators, found some of {', '.join(strange)}; export the model "
+            "again, without ONNX Runtime's optimisations"
+        )
+        raise ModelFileError(message)
     metadata = {p.key: p.value for p in model.metadata_props}
     if not OPSET <= opset_of(model) <= OPSET_MAX:
         try:

@@ -19,10 +19,12 @@ from .. import __version__
 from ..models.dataset import Dataset
 from ..models.detections import Detections
 from ..models.detector import OnnxDetector
+from ..models.errors import RecipeError
 from ..models.evaluate import Detector, run_detector
 from ..models.files import atomic_path, write_json
 from .data import open_photos
 from .export import TorchDetector, export_detector
+from .foreign import ForeignNet
 from .measure import score
 from .prune import count_macs
 from .recipe import Recipe
@@ -162,7 +164,14 @@ def first_state(job: Job, entered: Entered, input_hw: tuple[int, int] | None) ->
     """Returns the state before the first step; writes the original as an ONNX file of our form."""
     path = job.folder / ORIGINAL_FILE
     spec = entered.spec
-    if input_hw is not None:
+    if input_hw is not None and input_hw != spec.input_hw:
+        if isinstance(entered.net, ForeignNet):
+            message = (
+                f"data.input_hw: expected {list(spec.input_hw)}, the size that is fixed in the "
+                f"tail of this ONNX file, found {list(input_hw)}; leave it out, or export the "
+                "file at that size"
+            )
+            raise RecipeError(message)
         spec = spec.with_changes(input_hw=input_hw)
     state = State(
         job,

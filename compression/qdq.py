@@ -127,7 +127,7 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
         ready = node.op_type in INTEGER_READY and node.name not in float_nodes
         ready = ready and not truncates(node)
         if node.op_type in WEIGHT_OPS:
-            ready = ready and is_weighted(node, links.stored)
+            ready = ready and is_weighted(node, links.stored) and _bias_fits(node, links)
         elif node.op_type in CLIPPING_OPS:
             source = links.maker.get(node.input[0])
             ready = ready and source is not None and source.name in nodes
@@ -163,6 +163,14 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
             for other in joined[1:]:
                 group[first(other)] = first(joined[0])
     return Layout(frozenset(nodes), tuple(on_grid), {name: first(name) for name in on_grid})
+
+
+def _bias_fits(node: Any, links: Links) -> bool:
+    """Whether a weighted node's bias is one number per output channel, or one for all."""
+    if len(node.input) < 3 or node.input[2] not in links.stored:
+        return True
+    dims = list(links.stored[node.input[2]].dims)
+    return all(size == 1 for size in dims[:-1])
 
 
 def weight_scales(
@@ -327,7 +335,8 @@ def _weights(
     has_bias = len(node.input) > 2 and node.input[2] in links.stored
     bias = np.zeros(weight.shape[axis], np.float32)
     if has_bias:
-        bias = numpy_helper.to_array(links.stored[node.input[2]]).astype(np.float32)
+        stored = numpy_helper.to_array(links.stored[node.input[2]]).astype(np.float32)
+        bias = np.broadcast_to(stored.reshape(-1), bias.shape)
     chosen = given.get(node.name) or quantize_weight(weight, bias, grid.scale, axis)
     scales = chosen.scales
     _stored_codes(node, 1, chosen.codes, scales, axis, store, nodes)

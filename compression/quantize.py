@@ -18,7 +18,7 @@ from .calibrate import Grid, Seen, best_grid, chosen_photos, observe, sigmoid
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
 from .fidelity import Fidelity
 from .onnx_io import tidy, write_spec
-from .qdq import Layout, Links, insert, plan_layout
+from .qdq import CLIPPING_OPS, Layout, Links, insert, is_weighted, plan_layout
 from .rounding import round_weights
 from .sensitivity import Budget, NoiseMeter, first_nodes, noisiest_nodes, scan
 
@@ -101,10 +101,12 @@ class QuantizeResult:
     Attributes:
         model: ``onnx.ModelProto`` in QDQ form, spec inside.
         report: JSON-ready.
+        notes: Sentences for the reader.
     """
 
     model: Any
     report: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def quantize(
@@ -134,12 +136,18 @@ def quantize(
         raise DatasetError(message)
     signed = TARGETS[config.target].signed
     model = tidy(model)
+    stored = Links(model.graph).stored
+    if not any(n.op_type == "Conv" and is_weighted(n, stored) for n in model.graph.node):
+        message = "expected convolutions with stored weights, found none; export a detector"
+        raise ModelFileError(message)
     chosen = chosen_photos(photos, config.photos_max, config.seed)
     every = max(1, len(chosen) // CHECK_PHOTOS)
     check = chosen[::every][:CHECK_PHOTOS]
     fidelity = Fidelity(model, check, spec)
     layout = plan_layout(model)
-    seen = observe(model, layout.tensors, chosen, spec, seed=config.seed, progress=progress)
+    clipped = [n.input[0] for n in model.graph.node if n.op_type in CLIPPING_OPS]
+    wanted = [*layout.tensors, *clipped]  # these get a grid where what clips them stays in float
+    seen = observe(model, wanted, chosen, spec, seed=config.seed, progress=progress)
     plain = Variant(model, seen, frozenset(), 0.0)
     report: dict[str, Any] = {
         "target": config.target,
@@ -189,40 +197,54 @@ def quantize(
     }
     report["disagreement"]["final"] = _rounded(best.loss)
     result = best.inserted(signed)
+    notes: tuple[str, ...] = ()
     if config.refine:
-        result = _refined(result, model, spec, photos, check, config, report, progress)
+        others = [path for path in photos if path not in set(check)]
+        refiner = Refiner(model, spec, others or photos, check, config)
+        result, report["refined"], notes = refiner.refined(result, progress)
+        report["disagreement"]["final"] = _rounded(fidelity.loss(result))
     write_spec(result, spec)
-    return QuantizeResult(result, report)
+    return QuantizeResult(result, report, notes)
 
 
-def _refined(
-    quantized: Any,
-    model: Any,
-    spec: ModelSpec,
-    photos: Sequence[Path],
-    check: Sequence[Path],
-    config: QuantizeConfig,
-    report: dict[str, Any],
-    progress: Callable[..., Any],
-) -> Any:
-    """Returns the trained model, or the one before if training did not bring it nearer."""
-    from .refine import RefineConfig, distance, refine  # torch: not needed without
+@dataclass(frozen=True)
+class Refiner:
+    """Trains a quantized model, and keeps the result if it is nearer to the float one.
 
-    settings = RefineConfig(photos=config.refine, seed=config.seed)
-    try:
-        trained = refine(quantized, model, spec, photos, settings, progress=progress)
-    except ModelFileError as error:  # an operator that training does not know
-        report["refined"] = {"photos": 0, "why": str(error)}
-        return quantized
-    before, after = (distance(m, model, spec, check) for m in (quantized, trained))
-    kept = after < before
-    report["refined"] = {
-        "photos": config.refine,
-        "distance before": float(f"{before:.6g}"),
-        "distance after": float(f"{after:.6g}"),
-        "kept": kept,
-    }
-    return trained if kept else quantized
+    Attributes:
+        model: The float graph.
+        spec: Of both.
+        photos: To learn from.
+        check: To compare on; others, where there are enough.
+        config: How long.
+    """
+
+    model: Any
+    spec: ModelSpec
+    photos: Sequence[Path]
+    check: Sequence[Path]
+    config: QuantizeConfig
+
+    def refined(
+        self, quantized: Any, progress: Callable[..., Any]
+    ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+        """Returns the better model, figures, and notes."""
+        from .refine import RefineConfig, distance, refine  # torch: not needed without
+
+        settings = RefineConfig(photos=self.config.refine, seed=self.config.seed)
+        model, spec = self.model, self.spec
+        try:
+            trained = refine(quantized, model, spec, self.photos, settings, progress=progress)
+        except ModelFileError as error:  # something that training does not know
+            return quantized, {"photos": 0}, (f"not refined by training: {error}",)
+        before, after = (distance(m, model, spec, self.check) for m in (quantized, trained))
+        figures = {
+            "photos": self.config.refine,
+            "distance before": float(f"{before:.6g}"),
+            "distance after": float(f"{after:.6g}"),
+            "kept": after < before,
+        }
+        return (trained if after < before else quantized), figures, ()
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ class Recipe(_Strict):
 
     version: Literal[1]
     out: Path = Path("runs")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     model: ModelSource | Literal["shipped"] = "shipped"
     data: Data
     target: Target = Target()
@@ -272,7 +272,7 @@ def read_recipe(path: Path | str) -> Recipe:
     except OSError as error:
         message = f"{path}: expected a recipe, found: {error.strerror or error}; check the path"
         raise RecipeError(message) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f"{path}: expected TOML, found: {error}; correct the file"
         raise RecipeError(message) from error
     return make_recipe(values, path.resolve().parent, str(path))

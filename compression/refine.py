@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models.dataset import load_image
+from ..models.errors import ModelFileError
 from ..models.graph import require_onnx
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
@@ -55,6 +56,8 @@ class RefineConfig:
     seed: int = 0
 
 
+TOLERANCE = 1e-3
+"""Largest difference allowed between ONNX Runtime and torch, relative to the largest output."""
 PASSES_MAX = 20
 """No photo is looked at more often: a handful would be learned by heart."""
 
@@ -79,13 +82,14 @@ def refine(
         progress: Wraps iterables, as ``tqdm`` does.
 
     Raises:
-        ModelFileError: The graph has an operator that training does not know.
+        ModelFileError: The graph has an operator that training does not know, or not in this form.
         DatasetError: A photo cannot be read.
     """
     torch.set_flush_denormal(True)
+    teacher = session(original)
+    _expect_same(original, teacher, prepare(load_image(photos[0]), spec)[0])
     student = TorchGraph(quantized).train()
     averaged = copy.deepcopy(student)
-    teacher = session(original)
     optimizer = RelativeAdam(student.parameters(), config.rate)
     steps = math.ceil(min(config.photos, PASSES_MAX * len(photos)) / config.batch)
     batches = _batches(photos, spec, config, steps)
@@ -107,6 +111,29 @@ def refine(
             for ours, new in zip(averaged.parameters(), student.parameters(), strict=True):
                 ours.lerp_(new, 1 - decay)
     return stored(averaged, quantized)
+
+
+def _expect_same(model: Any, runner: Any, tensor: Any) -> None:
+    """Raises ``ModelFileError`` unless the float graph computes the same in torch, twice at once.
+
+    Operators have forms that nobody here has met; this finds them all.
+    """
+    wanted = runner.run(None, {runner.get_inputs()[0].name: tensor})
+    try:
+        with torch.no_grad():
+            found = TorchGraph(model)(torch.from_numpy(np.concatenate([tensor, tensor])))
+        gaps = [
+            float((b - torch.from_numpy(a)).abs().max()) / max(1.0, float(np.abs(a).max()))
+            for a, b in zip(wanted, found, strict=True)
+        ]
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        message = (
+            f"expected a graph that runs in torch, found: {' '.join(str(error).split())[:120]}"
+        )
+        raise ModelFileError(message) from error
+    if not max(gaps) <= TOLERANCE:
+        message = f"expected the same outputs in torch, found a difference of {max(gaps):.2g}"
+        raise ModelFileError(message)
 
 
 def _batches(
@@ -188,17 +215,15 @@ def _parts(spec: ModelSpec, outputs: Sequence[Tensor]) -> _Parts:
         return _Parts(first[..., :classes], first[..., classes:], spec.reg_max + 1)
     if spec.head == "yolov8":
         return _Parts(first[:, 4:].transpose(1, 2), first[:, :4].transpose(1, 2), 0)
-    by_size = sorted(outputs, key=lambda o: -o.shape[1])
-    scores = torch.cat([o for o in by_size if o.shape[2] == _scores_width(spec)], 1)
-    boxes = torch.cat([o for o in by_size if o.shape[2] != _scores_width(spec)], 1)
     if spec.head == "ssdlite":
-        return _Parts(scores.softmax(2)[..., 1:], boxes, 0)
+        logits, deltas = sorted(outputs, key=lambda o: -o.shape[2])  # as its decoder tells them
+        return _Parts(logits.softmax(2)[..., 1:], deltas, 0)
+    by_size = sorted(outputs, key=lambda o: -o.shape[1])
+    scores, boxes = (
+        torch.cat([o for o in by_size if (o.shape[2] == classes) == wanted], 1)
+        for wanted in (True, False)
+    )
     return _Parts(scores, boxes, spec.reg_max + 1)
-
-
-def _scores_width(spec: ModelSpec) -> int:
-    """Returns the width of the outputs that hold scores, where boxes have outputs of their own."""
-    return len(spec.classes) + (spec.head == "ssdlite")
 
 
 def _confidence(spec: ModelSpec, scores: Tensor) -> Tensor:

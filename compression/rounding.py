@@ -53,7 +53,7 @@ def round_weights(
         values = seen[source].values
         least = least_scales(bias, grids[layout.group[source]].scale)
         flat = weight.reshape(len(weight), -1)
-        if flat.shape[1] == values.shape[1]:
+        if weight.shape[1:] == (values.shape[1], *[1] * (weight.ndim - 2)):  # pointwise, dense
             moments = (values.T.astype(np.float64) @ values) / len(values)
             scales = weight_scales(flat, least, np.diag(moments))
             codes = compensated(flat.astype(np.float64), scales, moments)

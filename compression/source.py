@@ -127,7 +127,10 @@ def _from_description(path: Path, spec: ModelSpec, digest: str, text: str) -> En
         name, count = str(stored["net"]), int(stored["classes"])
         edits = tuple(dict(edit) for edit in stored["edits"])
         order = [str(conv) for conv in stored["convs"]]
-    except (ValueError, KeyError, TypeError) as error:
+        if count != len(spec.classes):
+            message = f"{count} classes, its spec {len(spec.classes)}"
+            raise ValueError(message)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         message = f"{path}: expected the description of a network, found: {error}; export it again"
         raise ModelFileError(message) from error
     net = build_net(name, count).eval()

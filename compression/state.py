@@ -144,7 +144,7 @@ def apply_edits(net: DetectorNet, edits: Sequence[Edit], example: Tensor) -> Det
             raise ModelFileError(message)
         try:
             result = EDITS[edit["kind"]](result, edit, example)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             message = f"expected changes that fit the network, found: {error}; run it again"
             raise ModelFileError(message) from error
     return result
@@ -191,7 +191,7 @@ def save_state(folder: Path, key: str, state: State, report: StepReport) -> None
     """
     from safetensors.torch import save
 
-    data = save({k: v.detach().contiguous() for k, v in state.net.state_dict().items()})
+    data = save({k: v.detach().clone().contiguous() for k, v in state.net.state_dict().items()})
     with atomic_path(folder / WEIGHTS_FILE) as path:
         path.write_bytes(data)
     files = {k: getattr(state, k) for k in ("model", "float_model") if getattr(state, k)}

@@ -23,6 +23,7 @@ from .data import photo_labels
 from .export import TorchDetector, export_detector, set_metadata
 from .groups import find_groups
 from .importance import collect_stats
+from .levels import layout_of
 from .onnx_io import save_model
 from .photos import PhotoStream, calibration_batches
 from .prune import conv_costs, count_macs, plan_pruning
@@ -33,6 +34,8 @@ from .state import NET_KEY, State, StepReport, rows_kept
 from .train import TrainConfig, train
 from .verify import Subject, verify
 
+REFIT_PHOTOS_MAX = 320
+"""What two networks compute on so many photos is held in memory: some GB."""
 REFIT_RIDGE = 0.1
 EXPORT_PHOTOS = 3
 
@@ -77,7 +80,8 @@ def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
         raise RecipeError(message) from error
     changed = state.changed(small.eval(), {"kind": "cut", "removed": plan.removed})  # type: ignore[arg-type]
     rows = rows_kept(state.teacher, changed.edits)
-    refit(changed.net, state.teacher, rows, batches, ridge=REFIT_RIDGE, progress=job.progress)
+    few = batches[: max(1, REFIT_PHOTOS_MAX // len(batches[0]))]
+    refit(changed.net, state.teacher, rows, few, ridge=REFIT_RIDGE, progress=job.progress)
     figures["macs_after"] = count_macs(changed.net, example)
     figures["layers"] = {name: list(pair) for name, pair in plan.kept.items()}
     return changed, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
@@ -87,8 +91,15 @@ def run_distill(state: State, config: DistillStep) -> tuple[State, StepReport]:
     """Trains the network towards the uncut one; goes on from its checkpoint if there is one."""
     start = time.monotonic()
     job = state.job
-    labels = None
-    if config.labels == "auto":
+    labels, notes = None, []
+    try:
+        learns_boxes = layout_of(state.net).learns_boxes
+    except ValueError as error:  # a head that the losses do not know
+        message = f"distill: {error}; leave the step out"
+        raise RecipeError(message) from error
+    if config.labels == "auto" and not learns_boxes:
+        notes.append("labels not used: how this network's maps hold its boxes is not known")
+    elif config.labels == "auto":
         teacher = OnnxDetector(state.original)
         labels = photo_labels(job.photos, state.spec.classes, teacher, job.progress)
     paths = job.photos.train_paths
@@ -113,9 +124,6 @@ def run_distill(state: State, config: DistillStep) -> tuple[State, StepReport]:
             rows_kept(state.teacher, state.edits),
             progress=job.progress,
         )
-    except ValueError as error:  # a head that the losses do not know
-        message = f"distill: {error}; leave the step out"
-        raise RecipeError(message) from error
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error):
             raise
@@ -128,7 +136,8 @@ def run_distill(state: State, config: DistillStep) -> tuple[State, StepReport]:
         "photos_labelled": people,
         "threads": torch.get_num_threads(),
     }
-    return state.changed(trained.eval()), StepReport("distill", time.monotonic() - start, figures)
+    done = StepReport("distill", time.monotonic() - start, figures, tuple(notes))
+    return state.changed(trained.eval()), done
 
 
 def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]:
@@ -155,7 +164,8 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
     save_model(result.model, path, spec)
     OnnxDetector(path)  # it must run before anything is built on it
     done = replace(state, model=path, float_model=state.model)
-    return done, StepReport("quantize", time.monotonic() - start, dict(result.report))
+    figures = dict(result.report)
+    return done, StepReport("quantize", time.monotonic() - start, figures, result.notes)
 
 
 def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:

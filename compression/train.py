@@ -183,7 +183,9 @@ def _step(
         terms["label_scores"], terms["label_boxes"] = label_loss(net, output, batch.targets)
         loss = loss + weights.labels * (terms["label_scores"] + terms["label_boxes"])
     if not bool(torch.isfinite(loss)):
-        message = f"expected a finite loss, found {float(loss.detach())}; lower the rate of the step"
+        message = (
+            f"expected a finite loss, found {float(loss.detach())}; lower the rate of the step"
+        )
         raise RecipeError(message)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -207,7 +209,8 @@ def run_key(
     """Returns what tells one run from another: shapes, settings, photos, labels, input size."""
     shapes = {name: list(p.shape) for name, p in net.named_parameters()}
     kept = {name: index.tolist() for name, index in (rows or {}).items()}
-    parts = [shapes, asdict(config), kept, stream.description()]
+    settings = {k: v for k, v in asdict(config).items() if k != "save_s"}  # no result hangs on it
+    parts = [shapes, settings, kept, stream.description()]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

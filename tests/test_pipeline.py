@@ -25,7 +25,6 @@ from edgesight.compression.pipeline import RunResult, run_recipe, step_key
 from edgesight.compression.recipe import Recipe, make_recipe
 from edgesight.compression.source import Entered
 from edgesight.compression.state import rows_kept
-from edgesight.models.dataset import Dataset
 from edgesight.models.detections import Detections
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import DatasetError, RecipeError
@@ -270,16 +269,44 @@ def test_boxes_are_peoples_where_there_are_any_in_the_models_numbers(
     tiny_coco: Any, base: Path
 ) -> None:
     labelled = open_photos([tiny_coco()]).train[0]
-    plain = open_photos([base / "few"]).train[0] if (base / "few").is_dir() else labelled
+    plain = open_photos([tools["draw_photos"](base / "plain", 5)]).train[0]
     photos = replace(open_photos([base / "photos"]), train=(labelled, plain))
     classes = ("cat", "motorcycle", "person")  # the data's are person, motorbike
     found = photo_labels(photos, classes, Finder(), progress=False)
     assert len(found) == len(photos.train_paths)
     assert found[0].label.tolist() == [2, 1]
     assert found[0].weight.tolist() == [1, 1]
-    if isinstance(plain, Dataset) and plain.truths is None:
-        assert found[-1].label.tolist() == [1]
-        assert found[-1].weight.tolist() == [0.5]
+    assert found[-1].label.tolist() == [1]
+    assert found[-1].weight.tolist() == [0.5]
+
+
+def test_the_uncut_network_is_asked_for_classes_that_nobody_labelled(
+    tiny_coco: Any, base: Path
+) -> None:
+    photos = open_photos([tiny_coco()])
+    classes = ("person", "dog", "motorcycle")  # the data know no dog; Finder sees one everywhere
+    found = photo_labels(photos, classes, Finder(), progress=False)
+    assert found[0].label.tolist() == [0, 2, 1]
+    assert found[0].weight.tolist() == [1, 1, 0.5]
+
+
+def test_a_folder_that_cannot_be_parted_is_not_called_held_out(base: Path) -> None:
+    folder = base / "multiples"
+    names = sorted(p.name for p in tools["draw_photos"](folder / "images").iterdir())
+    images = [
+        {"id": 10 * (i + 1), "file_name": name, "width": 96, "height": 72}
+        for i, name in enumerate(names)
+    ]
+    box = {"id": 1, "image_id": 10, "category_id": 1, "bbox": [1, 1, 20, 20], "area": 400}
+    kinds = [{"id": 1, "name": "person"}]
+    content = {"images": images, "annotations": [box | {"iscrowd": 0}], "categories": kinds}
+    (folder / "instances.json").write_text(json.dumps(content))
+    found = open_photos([folder])  # every tenth is held out: here all, so none
+    assert len(found.train_paths) == len(found.check) == 24
+    assert found.check_kind == "same photos"
+    both = open_photos([base / "photos", folder])
+    assert both.check_kind == "held out"
+    assert not {p.path for p in both.check.photos} & set(both.train_paths)
 
 
 def test_stored_steps_hold_no_pickles_and_no_folders_of_this_machine(whole: RunResult) -> None:

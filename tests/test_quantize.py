@@ -164,7 +164,7 @@ def test_tail_stays_out_of_the_body() -> None:
 
 
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "leaky"])
+@pytest.mark.parametrize("activation", ["silu", "leaky", "relu", "relu6"])
 def test_int8_sees_what_float_sees(
     photos: list[Path], tmp_path: Path, activation: str, folded: bool
 ) -> None:
@@ -189,6 +189,44 @@ def test_int8_sees_what_float_sees(
     losses = result.report["disagreement"]
     assert losses["final"] <= losses["not equalised"] + 1e-6
     assert result.report["photos"] == 12
+
+
+def test_whole_rows_of_float_nodes_can_be_had_in_a_relu_net(photos: list[Path]) -> None:
+    """A Relu that stays in float alone needs a grid before it."""
+    model = tidy(detector("relu"))
+    relus = [n.name for n in model.graph.node if n.op_type == "Relu"]
+    seen = quantize(model, SPEC, photos, QuantizeConfig(photos_max=6), progress=quiet)
+    assert seen.report["photos"] == 6
+    layout = plan_layout(model, frozenset(relus))
+    clipped = {n.input[0] for n in model.graph.node if n.op_type == "Relu"}
+    assert clipped <= set(layout.tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (16,), (1,)])
+def test_a_dense_layers_bias_may_be_a_row(
+    photos: list[Path], tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    b = graphs.GraphBuilder()
+    x = b.leaky(b.conv("images", (3, 16), 3, 8))
+    pooled = b.add("Flatten", [b.add("GlobalAveragePool", [x])])
+    matrix = b.store("m", b.rng.normal(0, 0.3, (16, 16)).astype(np.float32))
+    bias = b.store("c", b.rng.normal(0, 1, shape).astype(np.float32))
+    gate = b.add("Sigmoid", [b.add("Gemm", [pooled, matrix, bias])])
+    gate = b.add("Reshape", [gate, b.store("g", np.array([1, 16, 1, 1], np.int64))])
+    x = b.conv(b.add("Mul", [x, gate]), (16, 7))
+    x = b.add("Reshape", [x, b.store("flat", np.array([1, 7, 64], np.int64))])
+    model = tidy(b.model(b.add("Transpose", [x], perm=[0, 2, 1]), [1, 64, 7]))
+    result = quantize(model, SPEC, photos, QuantizeConfig(photos_max=6), progress=quiet)
+    save_model(result.model, tmp_path / "int8.onnx", SPEC)
+    wanted = run(model, picture())[0]
+    assert np.abs(run(result.model, picture())[0] - wanted).mean() < 0.2 * wanted.std()
+
+
+def test_a_file_that_onnx_runtime_has_optimised_is_refused() -> None:
+    model = detector()
+    model.graph.node[0].domain = "com.microsoft"
+    with pytest.raises(ModelFileError, match=r"found some of com\.microsoft; export the model"):
+        tidy(model)
 
 
 def test_signed_and_unsigned_targets_differ_in_type_only(photos: list[Path]) -> None:

@@ -108,6 +108,7 @@ def test_the_default_rate_is_the_trainers() -> None:
         (lambda r: r["model"].pop("weights"), "expected weights beside name"),
         (lambda r: r["model"].update(file="x"), "found name and file"),
         (lambda r: r["model"].update(color="cmyk"), "bgr, rgb, found 'cmyk'"),
+        (lambda r: r.update(seed=2**64), "seed: expected"),
     ],
 )
 def test_refused_in_one_line(change: Callable[[dict[str, Any]], object], words: str) -> None:
@@ -120,7 +121,9 @@ def test_refused_in_one_line(change: Callable[[dict[str, Any]], object], words: 
     assert "function-" not in message
 
 
-@pytest.mark.parametrize("content", [b"version = \n", b"\xff\xfe\x00", None])
+@pytest.mark.parametrize(
+    "content", [b"version = \n", b"\xff\xfe\x00", b"x = " + b"[" * 20000, None]
+)
 def test_no_toml(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     if content is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from edgesight.compression import refine as module
 from edgesight.compression.calibrate import chosen_photos, session
 from edgesight.compression.onnx_io import fold_preprocess, tidy
 from edgesight.compression.quantize import QuantizeConfig, quantize
@@ -96,7 +97,40 @@ def test_quantize_refines_when_asked_and_says_what_it_brought(photos: list[Path]
     config = QuantizeConfig(photos_max=8, refine=24)
     report = quantize(detector(), SPEC, photos, config, progress=quiet).report["refined"]
     assert report["photos"] == 24
-    assert report["kept"] == (report["distance after"] < report["distance before"])
+    assert set(report) == {"photos", "distance before", "distance after", "kept"}
+
+
+def test_what_made_it_worse_is_not_kept(
+    photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(quantized: Any, *_: Any, **__: Any) -> Any:
+        worse = onnx.ModelProto()
+        worse.CopyFrom(quantized)
+        for tensor in worse.graph.initializer:
+            codes = onnx.numpy_helper.to_array(tensor)
+            if codes.dtype == np.int8 and codes.ndim == 4:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(codes[::-1].copy(), tensor.name))
+        return worse
+
+    monkeypatch.setattr(module, "refine", spoilt)
+    plain = quantize(detector(), SPEC, photos, QuantizeConfig(photos_max=8), progress=quiet)
+    config = QuantizeConfig(photos_max=8, refine=8)
+    tried = quantize(detector(), SPEC, photos, config, progress=quiet)
+    assert not tried.report["refined"]["kept"]
+    assert tried.model == plain.model
+    assert tried.report["disagreement"]["final"] == plain.report["disagreement"]["final"]
+
+
+def test_a_form_of_an_operator_that_training_does_not_know_is_a_note(photos: list[Path]) -> None:
+    model = detector()
+    conv = next(n for n in model.graph.node if n.op_type == "Conv")
+    pads = next(a for a in conv.attribute if a.name == "pads")
+    conv.attribute.remove(pads)
+    conv.attribute.append(onnx.helper.make_attribute("auto_pad", "SAME_UPPER"))
+    config = QuantizeConfig(photos_max=8, refine=8)
+    found = quantize(model, SPEC, photos, config, progress=quiet)
+    assert found.report["refined"]["photos"] == 0
+    assert "not refined by training: expected the same outputs in torch" in found.notes[0]
 
 
 @pytest.mark.parametrize("head", ["yolox", "nanodet_plus", "nanodet", "yolov8", "ssdlite"])
@@ -106,9 +140,10 @@ def test_distance_is_zero_for_equal_outputs_and_positive_else(head: str) -> None
     shapes = {
         "nanodet": [(1, 16, 2), (1, 4, 32), (1, 16, 32), (1, 4, 2)],
         "yolov8": [(1, 6, 20)],
-        "ssdlite": [(1, 20, 3), (1, 20, 4)],
+        "ssdlite": [(1, 20, 4), (1, 20, 4)],
     }.get(head, [(1, 20, width)])
-    spec = ModelSpec(head=head, input_hw=(32, 32), classes=("a", "b"))
+    classes = ("a", "b", "c") if head == "ssdlite" else ("a", "b")
+    spec = ModelSpec(head=head, input_hw=(32, 32), classes=classes)
     wanted = [torch.from_numpy(rng.uniform(0.1, 0.9, s).astype(np.float32)) for s in shapes]
     assert float(output_distance(spec, wanted, wanted)) == pytest.approx(0, abs=1e-6)
     for i in range(len(wanted)):

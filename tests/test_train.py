@@ -211,3 +211,16 @@ def test_augmented_pictures_are_pictures(wh: tuple[int, int]) -> None:
         changed += out.shape != image.shape or not np.array_equal(out, image)
     assert changed > 10
     assert np.array_equal(image, kept), "the source was written to"
+
+
+def test_another_checkpoint_interval_goes_on_with_the_same_run(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    broken = Interrupted(paths, SPEC, CONFIG.batch, CONFIG.seed)
+    with pytest.raises(KeyboardInterrupt):
+        train(student(), kit.folded(), broken, CONFIG, tmp_path / "c.pt", progress=False)
+    other = replace(CONFIG, save_s=1.0)
+    train(student(), kit.folded(), stream(paths), other, tmp_path / "c.pt", progress=False)
+    faster = replace(CONFIG, rate=2e-2)
+    with pytest.raises(ModelFileError, match="found another's"):
+        train(student(), kit.folded(), stream(paths), faster, tmp_path / "c.pt", progress=False)

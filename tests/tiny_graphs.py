@@ -81,6 +81,14 @@ class GraphBuilder:
     def leaky(self, source: str) -> str:
         return self.add("LeakyRelu", [source], alpha=0.1)
 
+    def relu(self, source: str) -> str:
+        return self.add("Relu", [source])
+
+    def relu6(self, source: str) -> str:
+        number = len(self.nodes)
+        ends = [self.store(f"c{number}_{v}", np.array(v, np.float32)) for v in (0, 6)]
+        return self.add("Clip", [source, *ends])
+
     def shuffle(self, source: str, channels: int, side: int) -> str:
         number = len(self.nodes)
         split = np.array([1, 2, channels // 2, side, side], np.int64)
@@ -107,7 +115,7 @@ class GraphBuilder:
 def detector(activation: str = "silu", uneven: float = 0.0, seed: int = 0) -> Any:
     """A YOLOX-shaped detector with residual, concatenation, shuffle, split and depthwise parts."""
     b = GraphBuilder(seed)
-    act = b.silu if activation == "silu" else b.leaky
+    act = {"silu": b.silu, "leaky": b.leaky, "relu": b.relu, "relu6": b.relu6}[activation]
     x = act(b.conv("images", (3, 16), 3, 2, uneven=uneven))
     x = act(b.conv(x, (16, 16), 3, 2, group=16, uneven=uneven))
     left = act(b.conv(x, (16, 16), uneven=uneven))
