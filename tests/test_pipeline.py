@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edgesight.compression import foreign as foreign_module
 from edgesight.compression import pipeline as pipeline_module
+from edgesight.compression.arrange import unknown_arrangement
 from edgesight.compression.data import open_photos, photo_labels
 from edgesight.compression.pipeline import RunResult, run_recipe, step_key
 from edgesight.compression.recipe import Recipe, make_recipe
@@ -254,6 +256,28 @@ def test_eval_photos_among_the_others_are_refused(tiny_coco: Any, base: Path) ->
     found = open_photos([base / "photos"], folder)
     assert found.check_kind == "eval"
     assert len(found.train_paths) == 24, "with eval none need be held out"
+
+
+def test_another_size_for_a_file_with_a_fixed_tail_is_refused_at_once(base: Path) -> None:
+    kit = runpy.run_path(str(HERE / "prune_kit.py"))
+    kit["write_onnx"](base / "foreign.onnx")
+    data = {"photos": "photos", "input_hw": [96, 96], "step_photos": 0}
+    wanted = recipe(base, [PRUNE], model={"file": "foreign.onnx"}, data=data, out="foreign")
+    with pytest.raises(RecipeError, match="the size that is fixed in the tail"):
+        run(wanted)
+
+
+def test_labels_that_cannot_be_used_are_a_note(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = runpy.run_path(str(HERE / "prune_kit.py"))
+    kit["write_onnx"](base / "unclear.onnx")
+    unclear = lambda tail, shapes, spec, softmax: unknown_arrangement(len(shapes))  # noqa: E731
+    monkeypatch.setattr(foreign_module, "arrange", unclear)
+    data = {"photos": "photos", "step_photos": 0}
+    wanted = recipe(base, [DISTILL], model={"file": "unclear.onnx"}, data=data, out="unclear")
+    report = run(wanted).rows[1].report
+    assert report is not None
+    assert "labels not used" in report.notes[0]
+    assert report.figures["photos_labelled"] == 0
 
 
 class Finder:
