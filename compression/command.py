@@ -23,7 +23,6 @@ DESCRIPTION = (
     "sample photos, in ./runs/demo."
 )
 EXAMPLE = "edgesight compress recipe.toml"
-REFINE_PHOTOS = 1200
 DEMO_OUT = Path("runs/demo")
 NO_PLACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NEEDED = ("torch", "onnx", "pydantic", "safetensors", "jinja2", "matplotlib")
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine",
         type=_natural,
         metavar="N",
-        help=f"photo passes of training in --quantize-only (default {REFINE_PHOTOS}); 0: none",
+        help="photo passes of training after --quantize-only, say 1600: minutes, and a little nearer",
     )
 
 
@@ -202,7 +201,7 @@ def _quantize_only(args: argparse.Namespace) -> dict[str, Any]:
         target,
         head=args.head,
         labelled=args.eval,
-        refine=REFINE_PHOTOS if args.refine is None else args.refine,
+        refine=args.refine or 0,
         progress=not args.quiet,
     )
     return report | {"out": str(out), "seconds": round(time.monotonic() - start, 1)}

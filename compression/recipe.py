@@ -197,7 +197,7 @@ class QuantizeStep(_Strict):
     kind: Literal["quantize"]
     photos: int = Field(320, ge=1)
     integer_share_min: float = Field(0.9, ge=0, le=1)
-    refine: int = Field(1200, ge=0)
+    refine: int = Field(0, ge=0)
 
 
 class VerifyStep(_Strict):

@@ -48,9 +48,9 @@ class RefineConfig:
         seed: Of order and augmentation.
     """
 
-    photos: int = 1200
-    batch: int = 4
-    rate: float = 1e-3
+    photos: int = 1600
+    batch: int = 8
+    rate: float = 2e-4
     warmup: float = 0.1
     ema: float = 0.98
     seed: int = 0
