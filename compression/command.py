@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine",
         type=_natural,
         metavar="N",
-        help="photo passes of training after --quantize-only, say 1600: minutes, and a little nearer",
+        help="photo passes of training after --quantize-only, say 1600 (default 0: none)",
     )
 
 
