@@ -22,10 +22,12 @@ from ..models.detector import OnnxDetector
 from ..models.errors import RecipeError
 from ..models.evaluate import Detector, run_detector
 from ..models.files import atomic_path, write_json
+from ..models.graph import load_model
 from .data import open_photos
 from .export import TorchDetector, export_detector
 from .foreign import ForeignNet
 from .measure import score
+from .onnx_io import save_model
 from .prune import count_macs
 from .recipe import Recipe
 from .source import Entered, enter
@@ -157,7 +159,7 @@ def run_recipe(
         if settings.kind != "verify":
             measured = ruler.measure(state, folder / MEASURE_FILE)
         rows.append(_row(title, state, measured, report, resumed))
-    return _finish(replace(state, job=job), rows, start)
+    return _finish(replace(state, job=job), rows, recipe.name, start)
 
 
 def first_state(job: Job, entered: Entered, input_hw: tuple[int, int] | None) -> State:
@@ -272,19 +274,24 @@ def _row(
     return StepRow(title, count, macs, size, measured, report, resumed)
 
 
-def _finish(state: State, rows: list[StepRow], start: float) -> RunResult:
+def _finish(state: State, rows: list[StepRow], name: str | None, start: float) -> RunResult:
     folder = state.job.folder
     if state.model is None:
         last = replace(state.job, step_folder=folder / STEPS_FOLDER)
         state = with_file(replace(state, job=last))
     assert state.model is not None
     final, float_file = folder / FINAL_FILE, folder / FLOAT_FILE
-    _copy(state.float_model or state.model, float_file)
-    _copy(state.model, final)
+    _copy(state.float_model or state.model, float_file, name)
+    _copy(state.model, final, name)
     return RunResult(state, tuple(rows), final, float_file, time.monotonic() - start)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, name: str | None) -> None:
+    """Copies a model; with ``name`` it calls itself so from here on."""
+    if name is not None:
+        spec = OnnxDetector(source).spec.with_changes(name=name)
+        save_model(load_model(source), target, spec)
+        return
     with atomic_path(target) as path:
         shutil.copyfile(source, path)
 

@@ -231,10 +231,12 @@ class Recipe(_Strict):
     """A whole recipe; see the module's text for its TOML form.
 
     Without ``out``, results go to ``runs/NAME`` in the current folder, NAME being the recipe's.
+    ``name`` is what the result calls itself on screens; without it, as the model it came from.
     """
 
     version: Literal[1]
     out: Path = Path("runs")
+    name: str | None = Field(None, min_length=1, max_length=80)
     seed: int = Field(0, ge=0, lt=2**63)
     model: ModelSource | Literal["shipped"] = "shipped"
     data: Data

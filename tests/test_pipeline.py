@@ -258,6 +258,17 @@ def test_eval_photos_among_the_others_are_refused(tiny_coco: Any, base: Path) ->
     assert len(found.train_paths) == 24, "with eval none need be held out"
 
 
+def test_the_result_can_have_a_name_of_its_own(base: Path, whole: RunResult) -> None:
+    before = whole.final.read_bytes()
+    named = run(recipe(base, name="gate camera"))
+    assert all(row.resumed for row in named.rows[1:])
+    for path in (named.final, named.float_file):
+        assert OnnxDetector(path).spec.name == "gate camera"
+    again = run(recipe(base))
+    assert again.final.read_bytes() == before
+    assert OnnxDetector(again.final).spec.name == "tiny"
+
+
 def test_another_size_for_a_file_with_a_fixed_tail_is_refused_at_once(base: Path) -> None:
     kit = runpy.run_path(str(HERE / "prune_kit.py"))
     kit["write_onnx"](base / "foreign.onnx")
