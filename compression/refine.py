@@ -242,7 +242,7 @@ def stored(student: TorchGraph, quantized: Any) -> Any:
     result.CopyFrom(quantized)
     links = Links(result.graph)
     for name, index in student.trained.items():
-        value = student.values[int(index)].double().numpy()
+        value = student.values[index].double().numpy()
         maker = links.maker.get(name)
         if maker is None:
             tensor = links.stored[name]

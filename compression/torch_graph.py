@@ -29,6 +29,10 @@ class TorchGraph(nn.Module):
     Args:
         model: Float or QDQ ``onnx.ModelProto`` with fixed sizes and a batch of one; runs any batch.
 
+    Attributes:
+        values: The parameters.
+        trained: Tensor of the graph -> place of its parameter in ``values``.
+
     Raises:
         ModelFileError: It has an operator that is not known here.
     """
@@ -48,8 +52,7 @@ class TorchGraph(nn.Module):
             name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(t)))
             for name, t in links.stored.items()
         }
-        self._used = {name for node, _ in self._nodes for name in node.input}
-        self.trained: dict[str, str] = {}
+        self.trained: dict[str, int] = {}
         values = nn.ParameterList()
         for node, _ in self._nodes:
             if node.op_type not in WEIGHT_OPS:
@@ -58,7 +61,7 @@ class TorchGraph(nn.Module):
                 maker = links.maker.get(name)
                 value = self._real(maker) if maker is not None else self._stored.get(name)
                 if value is not None and name not in self.trained:
-                    self.trained[name] = str(len(values))
+                    self.trained[name] = len(values)
                     values.append(nn.Parameter(value.float()))
         self.values = values
 
@@ -76,7 +79,7 @@ class TorchGraph(nn.Module):
         """Returns the graph's outputs for a batch of prepared pictures."""
         known: dict[str, Any] = {self.input_name: x}
         for name, index in self.trained.items():
-            known[name] = self.values[int(index)]
+            known[name] = self.values[index]
         for node, attributes in self._nodes:
             out = node.output[0]
             if node.op_type == "DequantizeLinear":
@@ -99,7 +102,7 @@ class TorchGraph(nn.Module):
     def _dequantized(self, node: Any, attributes: Attributes, known: dict[str, Any]) -> Tensor:
         out, source = node.output[0], node.input[0]
         if out in self.trained:
-            value: Tensor = self.values[int(self.trained[out])]
+            value: Tensor = self.values[self.trained[out]]
             codes, scale = self._stored[source], self._stored[node.input[1]]
             if codes.dtype == torch.int32:  # its steps are far too fine to matter
                 return value
