@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.errors import DatasetError, InputError, MissingExtraError, OutputError, RecipeError
 from ..models.heads import HEADS
+from ..models.zoo import model_path, shipped_float
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -37,12 +38,19 @@ DEMO_STEPS: list[dict[str, Any]] = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("recipe", nargs="?", type=Path, help="TOML file that names model and steps")
-    parser.add_argument("--out", type=Path, help="folder for results (with --quantize-only: file)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for results; --quantize-only: file (else MODEL_int8.onnx beside MODEL)",
+    )
     parser.add_argument("--restart", action="store_true", help="do finished steps again")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument(
-        "--quantize-only", type=Path, metavar="MODEL", help="turn an ONNX detector into INT8"
+        "--quantize-only",
+        type=model_path,
+        metavar="MODEL",
+        help="turn an ONNX detector into INT8 (shipped-float: the package's own)",
     )
     parser.add_argument(
         "--photos", type=Path, metavar="DIR", help="photos for --quantize-only (no boxes needed)"
@@ -110,7 +118,7 @@ def require_extras() -> None:
         except ImportError as error:
             message = (
                 f"expected the package {name}, which the board install leaves out, found: {error}; "
-                "pip install 'edgesight[compress]'"
+                "pip install '.[compress]'"
             )
             raise MissingExtraError(message) from error
 
@@ -193,7 +201,7 @@ def _quantize_only(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     model: Path = args.quantize_only
     target = args.target or "cortex-a76"
-    out = args.out or model.with_name(f"{model.stem}_int8.onnx")
+    out = args.out or _beside(model)
     report = quantize_file(
         model,
         args.photos,
@@ -205,6 +213,12 @@ def _quantize_only(args: argparse.Namespace) -> dict[str, Any]:
         progress=not args.quiet,
     )
     return report | {"out": str(out), "seconds": round(time.monotonic() - start, 1)}
+
+
+def _beside(model: Path) -> Path:
+    """Returns where an INT8 model goes that no place was named for; never into the package."""
+    name = f"{model.stem}_int8.onnx"
+    return Path(name) if model == shipped_float() else model.with_name(name)
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:

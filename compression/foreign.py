@@ -93,7 +93,7 @@ def convert_onnx(model: Any) -> fx.GraphModule:
     try:
         from onnx2torch import convert
     except ImportError as error:
-        message = "expected the package onnx2torch, found none; pip install 'edgesight[compress]'"
+        message = "expected the package onnx2torch, found none; pip install '.[compress]'"
         raise MissingExtraError(message) from error
     try:
         converted: fx.GraphModule = convert(model)

@@ -121,7 +121,8 @@ def run_recipe(
     start = time.monotonic()
     torch.set_flush_denormal(True)  # pruning sets it: a run resumed behind it must compute alike
     photos = open_photos(recipe.data.photos, recipe.data.eval, recipe.data.hold_out)
-    say(f"{len(photos.train_paths)} photos to learn from, {len(photos.check)} to measure on")
+    where = " (the same ones)" if photos.check_kind == "same photos" else ""
+    say(f"{len(photos.train_paths)} photos to learn from, {len(photos.check)} to measure on{where}")
     entered = enter(recipe.model, recipe.seed)
     job = Job(
         recipe.out,

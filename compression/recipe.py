@@ -275,7 +275,9 @@ def read_recipe(path: Path | str) -> Recipe:
         message = f"{path}: expected a recipe, found: {error.strerror or error}; check the path"
         raise RecipeError(message) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        message = f"{path}: expected TOML, found: {error}; correct the file"
+        is_model = path.suffix.lower() == ".onnx"
+        advice = "a model goes with --quantize-only MODEL" if is_model else "correct the file"
+        message = f"{path}: expected TOML, found: {error}; {advice}"
         raise RecipeError(message) from error
     return make_recipe(values, path.resolve().parent, str(path))
 

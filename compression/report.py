@@ -102,7 +102,7 @@ def render(report: dict[str, Any], pictures: Sequence[dict[str, str]]) -> str:
     try:
         import jinja2
     except ImportError as error:
-        message = "expected the package jinja2, found none; pip install 'edgesight[compress]'"
+        message = "expected the package jinja2, found none; pip install '.[compress]'"
         raise MissingExtraError(message) from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -211,7 +211,7 @@ def _figure(height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        message = "expected the package matplotlib, found none; pip install 'edgesight[compress]'"
+        message = "expected the package matplotlib, found none; pip install '.[compress]'"
         raise MissingExtraError(message) from error
     return Figure(figsize=(6.4, height), layout="constrained")
 

@@ -85,8 +85,8 @@ def verdict(report: IntegerReport, quantizers: int) -> str:
     if quantizers:
         return (
             f"this file is not INT8 here: it has {quantizers} quantizers, yet only {share} run as "
-            "integers; it needs a quantizer after each convolution: edgesight compress "
-            "--quantize-only"
+            "integers; it is for another core, or lacks a quantizer after each convolution: "
+            "edgesight compress --quantize-only MODEL --target x86-64"
         )
     return "this file is not INT8: it is a float model and no convolution runs as integers"
 

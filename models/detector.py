@@ -145,7 +145,7 @@ def decode(
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     """Opens an ONNX file, or raises ``ModelFileError`` with one clear line."""
     if not is_file(path):
-        message = f"{path}: expected an ONNX model, found no such file"
+        message = f"{path}: expected an ONNX model, found no such file; check the path"
         raise ModelFileError(message)
     try:
         return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])

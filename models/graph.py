@@ -38,8 +38,7 @@ def require_onnx() -> Any:
         import onnx.shape_inference
     except ImportError as error:
         message = (
-            "this needs the package onnx, which the board install leaves out; "
-            "pip install 'edgesight[compress]'"
+            "this needs the package onnx, which the board install leaves out; pip install onnx"
         )
         raise MissingExtraError(message) from error
     return onnx
@@ -54,7 +53,7 @@ def load_model(path: Path | str) -> Any:
     onnx = require_onnx()
     path = Path(path)
     if not is_file(path):
-        message = f"{path}: expected an ONNX model, found no such file"
+        message = f"{path}: expected an ONNX model, found no such file; check the path"
         raise ModelFileError(message)
     try:
         model = onnx.load(path)

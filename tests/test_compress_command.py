@@ -194,7 +194,7 @@ def test_missing_extras(
             assert main(["compress", file]) == 2
             errors = capsys.readouterr().err
             assert name in errors
-            assert "pip install 'edgesight[compress]'" in errors
+            assert "pip install '.[compress]'" in errors
 
 
 def test_help_needs_no_extras(tmp_path: Path) -> None:

@@ -82,7 +82,10 @@ def test_the_default_rate_is_the_trainers() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.update(sede=1), "unknown key 'sede'; expected one of version, out, seed"),
+        (
+            lambda r: r.update(sede=1),
+            "unknown key 'sede'; expected one of version, out, name,",
+        ),
         (lambda r: r.update(sede=1), "did you mean 'seed'?"),
         (lambda r: r["steps"][0].update(macs_ration=1), "'macs_ration' in [steps[1]]"),
         (lambda r: r["steps"][0].update(macs_ration=1), "did you mean 'macs_ratio'?"),

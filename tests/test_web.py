@@ -324,6 +324,11 @@ def test_no_request_reaches_the_disk(server: Server, path: str) -> None:
     assert ask(server, "GET", path)[0] == 404
 
 
+def test_a_strange_address_is_not_called_a_port_in_use(live: LiveView) -> None:
+    with pytest.raises(OutputError, match="name an address of this machine with --host"):
+        start_server(live, "192.0.2.1", 0)
+
+
 def test_port_in_use_is_one_clear_error(server: Server, live: LiveView) -> None:
     with pytest.raises(OutputError, match="choose another with --port"):
         start_server(live, "127.0.0.1", port_of(server))

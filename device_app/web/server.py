@@ -6,6 +6,7 @@ It answers a fixed list of addresses; nothing in a request ever becomes a path o
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import math
@@ -92,10 +93,13 @@ def start_server(live: LiveView, host: str, port: int, *, stall_s: float = STALL
         listener.listen(64)
     except (OSError, OverflowError) as error:
         listener.close()
-        message = (
-            f"cannot listen on {host} port {port}: {error}; choose another with --port, "
-            "or end the program that has it"
+        strange = getattr(error, "errno", None) == errno.EADDRNOTAVAIL or host == ""
+        advice = (
+            "name an address of this machine with --host"
+            if strange or isinstance(error, socket.gaierror)
+            else "choose another with --port, or end the program that has it"
         )
+        message = f"cannot listen on {host} port {port}: {error}; {advice}"
         raise OutputError(message) from error
     real_port = int(listener.getsockname()[1])
     relay = _Relay(live)

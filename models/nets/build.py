@@ -145,7 +145,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        message = "expected the package safetensors, found none; pip install 'edgesight[compress]'"
+        message = "expected the package safetensors, found none; pip install '.[compress]'"
         raise MissingExtraError(message) from error
     try:
         return _clean_names(load_file(str(path)))
