@@ -74,6 +74,24 @@ def augment(image: Image, rng: np.random.Generator, spec: ModelSpec) -> tuple[Im
     return image, matrix
 
 
+def drawn(
+    paths: Sequence[Path], spec: ModelSpec, seed: int, position: int
+) -> tuple[int, Image, Matrix]:
+    """Returns photo number ``position`` of an endless shuffled stream, augmented.
+
+    It depends on nothing but the arguments, so that a stream can go on anywhere.
+
+    Returns:
+        Its place in ``paths``, the picture, and where a point of the photo lies in it.
+    """
+    epoch, index = divmod(position, len(paths))
+    order = np.random.default_rng((seed, epoch)).permutation(len(paths))
+    rng = np.random.default_rng((seed, epoch, index))
+    place = int(order[index])
+    image, matrix = augment(load_image(paths[place]), rng, spec)
+    return place, image, matrix
+
+
 @dataclass(frozen=True)
 class PhotoLabels:
     """The boxes of one photo: ``xyxy`` in source pixels, ``label``, and ``weight`` 0..1."""
@@ -153,15 +171,12 @@ class PhotoStream:
         """Returns batch number ``step``."""
         tensors, targets = [], []
         for position in range(step * self.batch, (step + 1) * self.batch):
-            epoch, index = divmod(position, len(self.paths))
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.paths))
-            rng = np.random.default_rng((self.seed, epoch, index))
-            image, matrix = augment(load_image(self.paths[order[index]]), rng, self.spec)
+            place, image, matrix = drawn(self.paths, self.spec, self.seed, position)
             fitted, placement = fit(image, self.spec)
             tensors.append(torch.from_numpy(normalise(fitted, self.spec)))
             if self.labels is not None:
                 size = (image.shape[1], image.shape[0])
-                targets.append(move_labels(self.labels[order[index]], matrix, placement, size))
+                targets.append(move_labels(self.labels[place], matrix, placement, size))
         return Batch(torch.cat(tensors), targets if self.labels is not None else None)
 
     def batches(self, first: int, stop: int) -> Iterator[Batch]:

@@ -199,7 +199,8 @@ def quantize(
     result = best.inserted(signed)
     notes: tuple[str, ...] = ()
     if config.refine:
-        others = [path for path in photos if path not in set(check)]
+        held_out = set(check)
+        others = [path for path in photos if path not in held_out]
         refiner = Refiner(model, spec, others or photos, check, config)
         result, report["refined"], notes = refiner.refined(result, progress)
         report["disagreement"]["final"] = _rounded(fidelity.loss(result))

@@ -26,10 +26,10 @@ from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
 from .calibrate import session
 from .distill import bernoulli_divergence
-from .photos import augment
+from .photos import drawn
 from .qdq import Links
 from .torch_graph import WEIGHT_CODE_MAX, TorchGraph
-from .train import RelativeAdam
+from .train import RelativeAdam, follow
 
 PROBABILITY_MIN = 1e-5
 """Scores are compared as if none were closer to 0 or 1: the rest is rounding."""
@@ -87,6 +87,7 @@ def refine(
     """
     torch.set_flush_denormal(True)
     teacher = session(original)
+    feed = teacher.get_inputs()[0].name
     _expect_same(original, teacher, prepare(load_image(photos[0]), spec)[0])
     student = TorchGraph(quantized).train()
     averaged = copy.deepcopy(student)
@@ -98,7 +99,6 @@ def refine(
         for group in optimizer.param_groups:
             rise = min(1.0, (part + 1 / steps) / config.warmup)
             group["rate"] = config.rate * rise * 0.5 * (1 + math.cos(math.pi * part))
-        feed = teacher.get_inputs()[0].name
         goals = [teacher.run(None, {feed: tensor}) for tensor in tensors]
         wanted = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*goals, strict=True)]
         found = student(torch.from_numpy(np.concatenate(tensors)))
@@ -106,10 +106,7 @@ def refine(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        decay = min(config.ema, step / (step + 10))
-        with torch.no_grad():
-            for ours, new in zip(averaged.parameters(), student.parameters(), strict=True):
-                ours.lerp_(new, 1 - decay)
+        follow(averaged, student, config.ema, step)
     return stored(averaged, quantized)
 
 
@@ -142,10 +139,7 @@ def _batches(
     for step in range(steps):
         tensors = []
         for position in range(step * config.batch, (step + 1) * config.batch):
-            epoch, index = divmod(position, len(photos))
-            order = np.random.default_rng((config.seed, epoch)).permutation(len(photos))
-            rng = np.random.default_rng((config.seed, epoch, index))
-            image, _ = augment(load_image(photos[order[index]]), rng, spec)
+            _, image, _ = drawn(photos, spec, config.seed, position)
             tensors.append(prepare(image, spec)[0])
         yield tensors
 

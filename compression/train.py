@@ -139,10 +139,7 @@ def train(
             with _undisturbed():  # a step counts whole or not at all, also at Ctrl-C
                 terms = _step(net, teacher, mine, theirs, batch, config, optimizer)
                 step += 1
-                decay = min(config.ema, step / (step + 10))
-                with torch.no_grad():
-                    for ours, new in zip(averaged.parameters(), net.parameters(), strict=True):
-                        ours.lerp_(new, 1 - decay)
+                follow(averaged, net, config.ema, step)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             if time.monotonic() - saved_s > config.save_s:
@@ -157,6 +154,14 @@ def train(
         mine.close()
         theirs.close()
     return averaged
+
+
+@torch.no_grad()
+def follow(averaged: nn.Module, net: nn.Module, ema: float, step: int) -> None:
+    """Moves averaged weights towards the newest; early on faster than ``ema`` says."""
+    decay = min(ema, step / (step + 10))
+    for ours, new in zip(averaged.parameters(), net.parameters(), strict=True):
+        ours.lerp_(new, 1 - decay)
 
 
 def _step(

@@ -64,6 +64,19 @@ def no_thread_left() -> Iterator[None]:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    """Photos of blobs, so that neighbouring pixels have something in common."""
+    rng = np.random.default_rng(1)
+    paths = []
+    for i in range(12):
+        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        path = tmp_path / f"{i}.png"
+        cv2.imwrite(str(path), cv2.resize(small, (80, 60), interpolation=cv2.INTER_CUBIC))
+        paths.append(path)
+    return paths
+
+
 CELLS = 4 * 4 + 2 * 2 + 1  # of a 32x32 input at strides 8, 16, 32
 TINY_CLASSES = ("person", "cat", "motorcycle")
 

@@ -38,19 +38,6 @@ def quiet(items: Iterable[Any], **_: Any) -> Iterable[Any]:
     return items
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> list[Path]:
-    """Photos of blobs, so that neighbouring pixels have something in common."""
-    rng = np.random.default_rng(1)
-    paths = []
-    for i in range(12):
-        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        path = tmp_path / f"{i}.png"
-        cv2.imwrite(str(path), cv2.resize(small, (80, 60), interpolation=cv2.INTER_CUBIC))
-        paths.append(path)
-    return paths
-
-
 def picture(seed: int = 0) -> Any:
     return np.random.default_rng(seed).normal(0, 1, (1, 3, SIZE, SIZE)).astype(np.float32)
 

@@ -39,16 +39,6 @@ def quiet(items: Iterable[Any], **_: Any) -> Iterable[Any]:
     return items
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> list[Path]:
-    rng = np.random.default_rng(1)
-    paths = [tmp_path / f"{i}.png" for i in range(12)]
-    for path in paths:
-        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        cv2.imwrite(str(path), cv2.resize(small, (80, 60), interpolation=cv2.INTER_CUBIC))
-    return paths
-
-
 def outputs(model: Any, tensors: list[Any]) -> list[Any]:
     runner = session(model, optimise=False)
     feed = runner.get_inputs()[0].name

@@ -93,7 +93,7 @@ def start_server(live: LiveView, host: str, port: int, *, stall_s: float = STALL
         listener.listen(64)
     except (OSError, OverflowError) as error:
         listener.close()
-        strange = getattr(error, "errno", None) == errno.EADDRNOTAVAIL or host == ""
+        strange = getattr(error, "errno", None) == errno.EADDRNOTAVAIL
         advice = (
             "name an address of this machine with --host"
             if strange or isinstance(error, socket.gaierror)
