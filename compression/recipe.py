@@ -40,10 +40,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..models.errors import RecipeError
 from ..models.spec import COLORS, RESIZES
+from .settings import STEP_KINDS, PruneStep, Step, Strict
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,13 +56,7 @@ Core = Literal["cortex-a76", "cortex-a72", "x86-64"]
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 
 
-class _Strict(BaseModel):
-    """Refuses unknown keys; cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSource(_Strict):
+class ModelSource(Strict):
     """Where the detector comes from.
 
     Attributes:
@@ -102,7 +97,7 @@ class ModelSource(_Strict):
         return self
 
 
-class Data(_Strict):
+class Data(Strict):
     """Photos.
 
     Attributes:
@@ -135,99 +130,13 @@ class Data(_Strict):
         return value
 
 
-class Target(_Strict):
+class Target(Strict):
     """The processor core that the detector is for."""
 
     core: Core = "cortex-a76"
 
 
-class PruneStep(_Strict):
-    """Removes channels.
-
-    Attributes:
-        macs_ratio: Multiply-accumulates to be left, of the *original* model's at its own size.
-        align: Channels per layer are a multiple of this.
-        photos: Photos that tell which channels matter, and that what is left is refitted on.
-        keep_min: Each layer keeps at least this part of its channels.
-    """
-
-    kind: Literal["prune"]
-    macs_ratio: float = Field(0.6, gt=0, le=1)
-    align: int = Field(8, ge=1, le=128)
-    photos: int = Field(96, ge=1)
-    keep_min: float = Field(0.25, gt=0, le=1)
-
-
-class DistillStep(_Strict):
-    """Lets the small network learn from the uncut one.
-
-    Attributes:
-        photos: Photo passes in all.
-        batch: Photos per step.
-        rate: Largest step, relative to each channel's weights.
-        warmup: Part of the run in which the rate rises.
-        ema: Decay per step of the averaged weights.
-        mixed: Compute in bfloat16 where that is safe.
-        labels: ``auto``: the photos' boxes, and the uncut network's where a photo has none;
-            ``none``: no boxes, only what the uncut network computes.
-        save_s: Seconds between checkpoints.
-    """
-
-    kind: Literal["distill"]
-    photos: int = Field(20_000, ge=1)
-    batch: int = Field(8, ge=1, le=4096)
-    rate: float = Field(7e-4, gt=0, lt=1)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    ema: float = Field(0.998, ge=0, lt=1)
-    mixed: bool = True
-    labels: Literal["auto", "none"] = "auto"
-    save_s: float = Field(120.0, ge=0)
-
-
-class QuantizeStep(_Strict):
-    """Turns the network into 8-bit integers.
-
-    Attributes:
-        photos: Photos to calibrate on, at most.
-        integer_share_min: At least this part of the convolution MACs stays integer.
-        refine: Photo passes of training after calibration, with the float network as teacher;
-            0: none.
-    """
-
-    kind: Literal["quantize"]
-    photos: int = Field(320, ge=1)
-    integer_share_min: float = Field(0.9, ge=0, le=1)
-    refine: int = Field(0, ge=0)
-
-
-class VerifyStep(_Strict):
-    """Compares before and after.
-
-    Attributes:
-        photos_max: Photos to compare on, at most.
-        resamples: Of the bootstrap.
-        latency_rounds: Alternating runs of both files; 0: not timed.
-    """
-
-    kind: Literal["verify"]
-    photos_max: int = Field(1000, ge=1)
-    resamples: int = Field(1000, ge=20)
-    latency_rounds: int = Field(60, ge=0)
-
-
-Step = Annotated[
-    PruneStep | DistillStep | QuantizeStep | VerifyStep,
-    Field(discriminator="kind"),
-]
-STEP_KINDS: Final[dict[str, type[_Strict]]] = {
-    "prune": PruneStep,
-    "distill": DistillStep,
-    "quantize": QuantizeStep,
-    "verify": VerifyStep,
-}
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole recipe; see the module's text for its TOML form.
 
     Without ``out``, results go to ``runs/NAME`` in the current folder, NAME being the recipe's.

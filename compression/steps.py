@@ -28,7 +28,7 @@ from .onnx_io import save_model
 from .photos import PhotoStream, calibration_batches
 from .prune import conv_costs, count_macs, plan_pruning
 from .quantize import QuantizeConfig, quantize
-from .recipe import DistillStep, PruneStep, QuantizeStep, VerifyStep
+from .settings import DistillStep, PruneStep, QuantizeStep, VerifyStep
 from .slim import shorten_names
 from .state import NET_KEY, State, StepReport, rows_kept
 from .train import TrainConfig, train
@@ -201,7 +201,7 @@ STEPS: Final[dict[str, StepFunction]] = {
     "quantize": run_quantize,
     "verify": run_verify,
 }
-"""Kind of step -> function; a new kind needs an entry here and a class in ``recipe.Step``."""
+"""Kind of step -> function; a new kind needs an entry here and a class in ``settings.Step``."""
 
 
 def with_file(state: State) -> State:

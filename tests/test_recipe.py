@@ -9,13 +9,8 @@ from typing import Any
 
 import pytest
 from edgesight.compression import recipe as recipe_module
-from edgesight.compression.recipe import (
-    STEP_KINDS,
-    ModelSource,
-    PruneStep,
-    make_recipe,
-    read_recipe,
-)
+from edgesight.compression.recipe import ModelSource, make_recipe, read_recipe
+from edgesight.compression.settings import STEP_KINDS, PruneStep
 from edgesight.compression.steps import STEPS
 from edgesight.compression.train import TrainConfig
 from edgesight.models.errors import RecipeError
