@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.nets.common import DetectorNet
+from . import parallel
 from .levels import layout_of, take_apart
 
 CELLS_PER_BOX = 10
@@ -38,10 +39,21 @@ class Targets:
 
 
 def label_loss(
-    net: DetectorNet, levels: Sequence[Tensor], targets: Sequence[Targets]
+    net: DetectorNet,
+    levels: Sequence[Tensor],
+    targets: Sequence[Targets],
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the score term and the box term of a batch, each a scalar."""
-    cells = _cells(net, levels)
+    """Returns the score term and the box term of a batch, each a scalar.
+
+    Args:
+        net: Whose raw maps they are.
+        levels: Raw maps, finest first.
+        targets: One entry per photo of the batch.
+        known: bool ``(classes,)``: those that were looked for; None: all. Where no box is, silence
+            is asked of these alone.
+    """
+    cells = read_cells(net, levels)
     score_terms, box_terms = levels[0].new_zeros(()), levels[0].new_zeros(())
     total = levels[0].new_zeros(())
     for k, target in enumerate(targets):
@@ -53,7 +65,7 @@ def label_loss(
             chosen = owner[hit]
             weight = aligned[hit] * target.weight[chosen]
             quality[hit, target.label[chosen]] = aligned[hit] * target.weight[chosen].sqrt()
-            overlap = _giou(boxes[hit], target.xyxy[chosen])
+            overlap = giou(boxes[hit], target.xyxy[chosen])
             box_terms = box_terms + ((1 - overlap) * weight).sum()
             if cells.bins is not None:
                 sides = _sides(cells, hit, target.xyxy[chosen])
@@ -63,21 +75,34 @@ def label_loss(
         if cells.objectness is not None:
             best = quality.amax(1)
             wrong = (cells.objectness[k].detach().sigmoid() - best).square()
+            if known is not None:  # what lies there may be of a class that nobody looked for
+                wrong = wrong * (best > 0)
             bce = F.binary_cross_entropy_with_logits
             score_terms = (
                 score_terms + (bce(cells.objectness[k], best, reduction="none") * wrong).sum()
             )
             error = error * (best > 0).float()[:, None]
             quality = (quality > 0).float()
+        if known is not None:
+            error = error * known
         loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
         score_terms = score_terms + (loss * error).sum()
-    total = total.clamp_min(1.0)
+    total = parallel.total(total).clamp_min(1.0)
     return score_terms / total, box_terms / total
 
 
 @dataclass(frozen=True)
-class _Cells:
-    """All cells of a batch: logits ``(b, n, classes)``, boxes ``(b, n, 4)`` in input pixels."""
+class Cells:
+    """All cells of a batch, level by level, finest first.
+
+    Attributes:
+        logits: ``(b, n, classes)``.
+        objectness: ``(b, n)`` logits, for heads that have it.
+        boxes: ``(b, n, 4)`` in input pixels.
+        bins: ``(b, n, 4, bins)`` logits, for heads with distributions.
+        centre: ``(n, 2)``: the point that a cell speaks for, x and y in input pixels.
+        stride: ``(n,)`` in pixels.
+    """
 
     logits: Tensor
     objectness: Tensor | None
@@ -87,7 +112,12 @@ class _Cells:
     stride: Tensor
 
 
-def _cells(net: DetectorNet, levels: Sequence[Tensor]) -> _Cells:
+def read_cells(net: DetectorNet, levels: Sequence[Tensor]) -> Cells:
+    """Returns what the raw maps say, cell by cell, as the head's decoder reads them.
+
+    Raises:
+        ValueError: The network's head is not known here.
+    """
     logits, boxes, bins, centres, strides = [], [], [], [], []
     offset = layout_of(net).cell_offset
     for level, stride in zip(levels, net.strides, strict=True):
@@ -112,7 +142,7 @@ def _cells(net: DetectorNet, levels: Sequence[Tensor]) -> _Cells:
         strides.append(torch.full_like(centre[:, 0], stride))
     all_logits = torch.cat(logits, 1)
     with_objectness = all_logits.shape[2] == net.num_classes + 1
-    return _Cells(
+    return Cells(
         all_logits[..., 1:] if with_objectness else all_logits,
         all_logits[..., 0] if with_objectness else None,
         torch.cat(boxes, 1),
@@ -123,7 +153,7 @@ def _cells(net: DetectorNet, levels: Sequence[Tensor]) -> _Cells:
 
 
 @torch.no_grad()
-def _assign(cells: _Cells, k: int, target: Targets) -> tuple[Tensor, Tensor]:
+def _assign(cells: Cells, k: int, target: Targets) -> tuple[Tensor, Tensor]:
     """Returns per cell the number of its box (-1: none) and the quality it should give."""
     left_top = cells.centre[None] - target.xyxy[:, None, :2]
     right_bottom = target.xyxy[:, None, 2:] - cells.centre[None]
@@ -160,20 +190,21 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     return inter / (_area(a)[:, None] + _area(b)[None] - inter).clamp_min(1e-6)
 
 
-def _giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised overlap of matching rows (arXiv 1902.09630), ``(n,)``."""
-    inter = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0)
-    hull = (torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])).clamp_min(0)
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised overlap of matching boxes ``(..., 4)`` (arXiv 1902.09630), ``(...)``."""
+    low, high = torch.minimum, torch.maximum
+    inter = (low(a[..., 2:], b[..., 2:]) - high(a[..., :2], b[..., :2])).clamp_min(0)
+    hull = (high(a[..., 2:], b[..., 2:]) - low(a[..., :2], b[..., :2])).clamp_min(0)
     joint, around = inter.prod(-1), hull.prod(-1).clamp_min(1e-6)
     union = (_area(a) + _area(b) - joint).clamp_min(1e-6)
     return joint / union - (around - union) / around
 
 
 def _area(xyxy: Tensor) -> Tensor:
-    return (xyxy[:, 2:] - xyxy[:, :2]).clamp_min(0).prod(-1)
+    return (xyxy[..., 2:] - xyxy[..., :2]).clamp_min(0).prod(-1)
 
 
-def _sides(cells: _Cells, hit: Tensor, xyxy: Tensor) -> Tensor:
+def _sides(cells: Cells, hit: Tensor, xyxy: Tensor) -> Tensor:
     """Distances from cell centres to the sides of their boxes, in strides, ``(n, 4)``."""
     centre, stride = cells.centre[hit], cells.stride[hit][:, None]
     return torch.cat([centre - xyxy[:, :2], xyxy[:, 2:] - centre], 1) / stride

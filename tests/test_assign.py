@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgesight.compression.assign import Targets, _cells, label_loss
+from edgesight.compression.assign import Targets, label_loss, read_cells
 from edgesight.compression.levels import layout_of
 from edgesight.models.heads import HEADS, grid_hw
 from edgesight.models.spec import ModelSpec
@@ -60,7 +60,7 @@ def test_boxes_are_read_as_the_decoder_reads_them(head: str) -> None:
     wanted, score, label = known.decode(outputs(head, levels), spec, 0.5)
     assert len(score) == 1
     assert label.tolist() == [1]
-    found = _cells(net_of(head), levels).boxes[0, 3 * (SIDE // 8) + 4]
+    found = read_cells(net_of(head), levels).boxes[0, 3 * (SIDE // 8) + 4]
     np.testing.assert_allclose(found.numpy(), wanted[0], atol=1e-3)
 
 
