@@ -151,7 +151,9 @@ class Adapters(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the features by name; those of other widths ``(b, teacher's, h, w)``."""
-        wider = {n: conv(features[n].float()) for n, conv in zip(self.names, self.convs, strict=True)}
+        wider = {
+            n: conv(features[n].float()) for n, conv in zip(self.names, self.convs, strict=True)
+        }
         return features | wider
 
 
