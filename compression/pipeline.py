@@ -133,7 +133,7 @@ def run_recipe(
         recipe.data.step_photos,
     )
     state = first_state(job, entered, recipe.data.input_hw)
-    ruler = _Ruler(state)
+    ruler = Ruler(state, photos.check, photos.check_print, job.step_photos)
     rows = [_row("original", state, ruler.measure(state, None))]
     for index, settings in enumerate(recipe.steps):
         key = step_key(recipe, index, entered, photos.train_print, photos.check_print)
@@ -142,25 +142,42 @@ def run_recipe(
         if restart and folder.exists():
             shutil.rmtree(folder)
         inside = replace(state, job=replace(job, step_folder=folder))
-        done = load_state(folder, key, inside)
-        if done is None:
-            say(f"step {index + 1} of {len(recipe.steps)}: {settings.kind}")
-            made, report = STEPS[settings.kind](inside, settings)
-            save_state(folder, key, made, report)
-            done = load_state(folder, key, inside)  # so that a resumed run sees the very same
-            assert done is not None, "a step that was just stored can be read"
-            with contextlib.suppress(OSError):
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
-            resumed = False
-        else:
-            say(f"step {index + 1} of {len(recipe.steps)}: {settings.kind}, done before")
-            resumed = True
-        state, report = done
+        told = f"step {index + 1} of {len(recipe.steps)}: {settings.kind}"
+        state, report, resumed = run_step(inside, settings, key, told, say)
         measured = None
         if settings.kind != "verify":
             measured = ruler.measure(state, folder / MEASURE_FILE)
         rows.append(_row(title, state, measured, report, resumed))
     return _finish(replace(state, job=job), rows, recipe.name, start)
+
+
+def run_step(
+    state: State, settings: Any, key: str, title: str, say: Callable[[str], None]
+) -> tuple[State, StepReport, bool]:
+    """Carries out one step and stores it in ``state.job.step_folder``, or reads it from there.
+
+    Args:
+        state: Before the step.
+        settings: Of the step.
+        key: From ``step_key``.
+        title: What ``say`` is told.
+        say: Told what is going on.
+
+    Returns:
+        The state after the step, what the step reports, and whether it had been done before.
+    """
+    folder = state.job.step_folder
+    if (done := load_state(folder, key, state)) is not None:
+        say(f"{title}, done before")
+        return *done, True
+    say(title)
+    made, report = STEPS[settings.kind](state, settings)
+    save_state(folder, key, made, report)
+    done = load_state(folder, key, state)  # so that a resumed run sees the very same
+    assert done is not None, "a step that was just stored can be read"
+    with contextlib.suppress(OSError):
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return *done, False
 
 
 def first_state(job: Job, entered: Entered, input_hw: tuple[int, int] | None) -> State:
@@ -220,16 +237,21 @@ def step_key(
     )
 
 
-class _Ruler:
-    """Measures models between steps, always on the same photos."""
+class Ruler:
+    """Measures models, always on the same photos.
 
-    def __init__(self, state: State) -> None:
-        job = state.job
-        count = job.step_photos
-        self.data: Dataset | None = job.photos.check.limit(count) if count else None
+    Args:
+        state: Any of the run; tells the original.
+        data: Photos.
+        data_print: SHA-256 that tells them from others.
+        count: So many of them; 0: nothing is measured.
+    """
+
+    def __init__(self, state: State, data: Dataset, data_print: str, count: int) -> None:
+        self.data: Dataset | None = data.limit(count) if count else None
         self.original = state.original
-        self.progress = job.progress
-        self.key = _digest(job.photos.check_print, count, self.original.read_bytes())
+        self.progress = state.job.progress
+        self.key = _digest(data_print, count, self.original.read_bytes())
         self._before: list[Detections] | None = None
 
     def measure(self, state: State, cache: Path | None) -> dict[str, Any] | None:

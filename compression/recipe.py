@@ -1,5 +1,7 @@
 """A recipe says in one TOML file what to make small, with which photos, for which core, and how.
 
+In place of steps a table ``[search]`` may say what to look for: see ``targets.Search``.
+
 ::
 
     version = 1
@@ -38,13 +40,14 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..models.errors import RecipeError
 from ..models.spec import COLORS, RESIZES
 from .settings import STEP_KINDS, PruneStep, Step, Strict
+from .targets import Search, Side
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,7 +56,6 @@ else:
 
 RECIPE_VERSION: Final = 1
 Core = Literal["cortex-a76", "cortex-a72", "x86-64"]
-Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 
 
 class ModelSource(Strict):
@@ -137,7 +139,7 @@ class Target(Strict):
 
 
 class Recipe(Strict):
-    """A whole recipe; see the module's text for its TOML form.
+    """A whole recipe; see the module's text for its TOML form. It has ``steps`` or ``search``.
 
     Without ``out``, results go to ``runs/NAME`` in the current folder, NAME being the recipe's.
     ``name`` is what the result calls itself on screens; without it, as the model it came from.
@@ -150,10 +152,15 @@ class Recipe(Strict):
     model: ModelSource | Literal["shipped"] = "shipped"
     data: Data
     target: Target = Target()
-    steps: tuple[Step, ...] = Field(min_length=1)
+    steps: tuple[Step, ...] = ()
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _order(self) -> Recipe:
+        if bool(self.steps) == (self.search is not None):
+            found = "both; leave one out" if self.steps else "neither"
+            message = f"steps: at least 1 step [[steps]], or a table [search], found {found}"
+            raise ValueError(message)
         kinds = [step.kind for step in self.steps]
         if "quantize" in kinds:
             late = [k for k in kinds[kinds.index("quantize") + 1 :] if k != "verify"]
@@ -259,6 +266,7 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
         "model": ModelSource,
         "data": Data,
         "target": Target,
+        "search": Search,
         **STEP_KINDS,
     }
     for part in loc[:-1]:
