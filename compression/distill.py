@@ -48,7 +48,7 @@ def bernoulli_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """Returns the divergence of each yes/no question, same shape; zero where both agree."""
-    ours, goal = student_logits / temperature, teacher_logits / temperature
+    ours, goal = _soft(student_logits, temperature), _soft(teacher_logits, temperature)
     p = goal.sigmoid()
     yes = p * (F.logsigmoid(goal) - F.logsigmoid(ours))
     no = (1 - p) * (F.logsigmoid(-goal) - F.logsigmoid(-ours))
@@ -59,9 +59,14 @@ def softmax_divergence(
     student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float = 1.0
 ) -> Tensor:
     """Returns the divergence of each choice among the entries of ``dim``, which falls away."""
-    ours = (student_logits / temperature).log_softmax(dim)
-    goal = (teacher_logits / temperature).log_softmax(dim)
+    ours = _soft(student_logits, temperature).log_softmax(dim)
+    goal = _soft(teacher_logits, temperature).log_softmax(dim)
     return (goal.exp() * (goal - ours)).sum(dim) * temperature**2
+
+
+def _soft(logits: Tensor, temperature: float) -> Tensor:
+    """Returns logits at a temperature; at 1 they are untouched, so that sums keep their order."""
+    return logits if temperature == 1 else logits / temperature
 
 
 def output_loss(
