@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..models.boxes import box_area, clip_boxes
 from ..models.dataset import load_image
 from ..models.detections import FloatArray, IntArray
-from ..models.preprocess import Image, Placement, fit, normalise
+from ..models.preprocess import Image, Placement, fit, normalise, prepare
 from ..models.spec import ModelSpec
 from .assign import Targets
+from .augment import Matrix, Piece, augment, mosaic
 
 
 def as_tensor(image: Image, spec: ModelSpec) -> Tensor:
@@ -37,41 +35,6 @@ def calibration_batches(
     chosen = [paths[i] for i in index]
     tensors = [as_tensor(load_image(path), spec) for path in chosen]
     return [torch.cat(tensors[k : k + batch]) for k in range(0, len(tensors), batch)]
-
-
-Matrix = npt.NDArray[np.float64]
-
-
-def augment(image: Image, rng: np.random.Generator, spec: ModelSpec) -> tuple[Image, Matrix]:
-    """Flips, zooms and recolours one picture.
-
-    Returns:
-        The picture, and float64 ``(2, 3)``: where a point of the source lies in it.
-    """
-    height, width = image.shape[:2]
-    matrix = np.array([[1.0, 0, 0], [0, 1, 0]])
-    if rng.random() < 0.5:
-        image = np.ascontiguousarray(image[:, ::-1])
-        matrix = np.array([[-1.0, 0, width], [0, 1, 0]])
-    if rng.random() < 0.7:  # a crop (objects grow) or a canvas (objects shrink)
-        zoom = float(rng.uniform(0.6, 1.3))
-        stretch = math.sqrt(float(rng.uniform(0.8, 1.25)))
-        view_w, view_h = width * zoom * stretch, height * zoom / stretch
-        left = float(rng.uniform(min(0.0, width - view_w), max(0.0, width - view_w)))
-        top = float(rng.uniform(min(0.0, height - view_h), max(0.0, height - view_h)))
-        scale = min(1.0, 1.5 * max(spec.input_hw) / max(view_w, view_h))
-        size = (max(8, round(view_w * scale)), max(8, round(view_h * scale)))
-        zoom_x, zoom_y = size[0] / view_w, size[1] / view_h
-        view = np.array([[zoom_x, 0, -left * zoom_x], [0, zoom_y, -top * zoom_y]])
-        grey = (spec.pad_value,) * 3
-        image = np.asarray(cv2.warpAffine(image, view, size, borderValue=grey), np.uint8)
-        matrix = view @ np.vstack([matrix, [0, 0, 1]])
-    if rng.random() < 0.5:
-        gain = rng.uniform(0.7, 1.3) * rng.uniform(0.9, 1.1, 3)
-        shift = rng.uniform(-20, 20)
-        bright = image * gain.astype(np.float32) + np.float32(shift)
-        image = np.clip(bright, 0, 255).astype(np.uint8)
-    return image, matrix
 
 
 def drawn(
@@ -101,21 +64,20 @@ class PhotoLabels:
     weight: FloatArray
 
 
-def move_labels(
-    labels: PhotoLabels, matrix: Matrix, placement: Placement, view_wh: tuple[int, int]
-) -> Targets:
+def move_labels(labels: PhotoLabels, piece: Piece, placement: Placement) -> Targets:
     """Returns boxes where augmentation and resizing have put them; lost ones are dropped.
 
     Args:
         labels: In source pixels.
-        matrix: From ``augment``.
+        piece: Where the photo shows in the augmented picture.
         placement: From ``fit``.
-        view_wh: Size of the augmented picture in pixels.
     """
-    corners = labels.xyxy.reshape(-1, 2) @ matrix[:, :2].T + matrix[:, 2]
+    left, top, right, bottom = piece.region
+    corners = labels.xyxy.reshape(-1, 2) @ piece.matrix[:, :2].T + piece.matrix[:, 2]
     pairs = corners.reshape(-1, 2, 2)
     moved = np.concatenate([pairs.min(1), pairs.max(1)], 1).astype(np.float32)
-    seen = clip_boxes(moved, view_wh)
+    corner = np.array([left, top, left, top], np.float32)
+    seen = clip_boxes(moved - corner, (right - left, bottom - top)) + corner
     visible = box_area(seen) > 0.3 * box_area(moved)
     boxes = placement.to_input(seen)
     kept = visible & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) > 2)
@@ -126,12 +88,59 @@ def move_labels(
     )
 
 
+def join_targets(parts: Sequence[Targets]) -> Targets:
+    """Returns the boxes of several photos that share a picture."""
+    return Targets(
+        torch.cat([p.xyxy for p in parts]),
+        torch.cat([p.label for p in parts]),
+        torch.cat([p.weight for p in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """How often four photos are put into one picture.
+
+    Attributes:
+        share: Part of the pictures, 0..1.
+        stop: From this position of the stream on: none (the last pictures should look real).
+    """
+
+    share: float = 0.0
+    stop: int = 0
+
+
+NO_MOSAIC = Mosaic()
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as a network of another kind sees it.
+
+    Attributes:
+        inputs: ``(b, ...)`` as its spec's ``input_format`` says.
+        placements: Where each picture lies in it.
+    """
+
+    inputs: Tensor
+    placements: tuple[Placement, ...]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """``images`` float32 ``(b, 3, h, w)``; ``targets`` one entry per photo, or None."""
+    """Augmented pictures.
+
+    Attributes:
+        images: float32 ``(b, 3, h, w)``, as the student sees them.
+        targets: One entry per picture, or None without labels.
+        placements: Where each picture lies in ``images``.
+        views: The same pictures for others, one entry per spec.
+    """
 
     images: Tensor
     targets: list[Targets] | None
+    placements: tuple[Placement, ...] = ()
+    views: tuple[View, ...] = ()
 
 
 class PhotoStream:
@@ -144,6 +153,9 @@ class PhotoStream:
         seed: Of order and augmentation.
         labels: Boxes per photo; without them batches have no targets.
         ahead: Batches made ahead in a thread of their own.
+        mosaic: How often four photos share a picture.
+        views: Specs of other networks that are to see the pictures, too.
+        part: Number and count of the processes that share each batch.
     """
 
     def __init__(
@@ -154,9 +166,13 @@ class PhotoStream:
         seed: int = 0,
         labels: Sequence[PhotoLabels] | None = None,
         ahead: int = 4,
+        mosaic: Mosaic = NO_MOSAIC,
+        views: Sequence[ModelSpec] = (),
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.paths, self.spec, self.batch, self.seed = paths, spec, batch, seed
-        self.labels, self.ahead = labels, ahead
+        self.labels, self.ahead, self.mosaic, self.views = labels, ahead, mosaic, views
+        self.part = part
 
     def description(self) -> list[str]:
         """Returns what the stream's batches depend on, to tell one run from another."""
@@ -165,19 +181,47 @@ class PhotoStream:
             for column in (labels.xyxy, labels.label, labels.weight):
                 digest.update(np.ascontiguousarray(column).tobytes())
         names = [path.name for path in self.paths]
-        return [self.spec.to_json(), str(self.batch), str(self.seed), digest.hexdigest(), *names]
+        numbers = [str(self.batch), str(self.seed), repr(self.mosaic)]
+        return [self.spec.to_json(), *numbers, digest.hexdigest(), *names]
+
+    def picture(self, position: int) -> tuple[Image, list[Piece]]:
+        """Returns picture number ``position`` of the stream, and which photos it shows where."""
+        if position < self.mosaic.stop and self.mosaic.share:
+            epoch, index = divmod(position, len(self.paths))
+            rng = np.random.default_rng((self.seed, epoch, index, 4))
+            if rng.random() < self.mosaic.share:
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.paths))
+                others = rng.integers(0, len(self.paths), 3)
+                places = [int(order[index]), *map(int, others)]
+                images = [load_image(self.paths[place]) for place in places]
+                return mosaic(images, places, rng, self.spec)
+        place, image, matrix = drawn(self.paths, self.spec, self.seed, position)
+        return image, [Piece(place, matrix, (0, 0, image.shape[1], image.shape[0]))]
 
     def make(self, step: int) -> Batch:
-        """Returns batch number ``step``."""
-        tensors, targets = [], []
-        for position in range(step * self.batch, (step + 1) * self.batch):
-            place, image, matrix = drawn(self.paths, self.spec, self.seed, position)
+        """Returns batch number ``step``, or this process' part of it."""
+        tensors, targets, placements = [], [], []
+        seen: list[list[tuple[Tensor, Placement]]] = [[] for _ in self.views]
+        number, count = self.part
+        share = self.batch // count
+        first = step * self.batch + number * share
+        for position in range(first, first + share):
+            image, pieces = self.picture(position)
             fitted, placement = fit(image, self.spec)
             tensors.append(torch.from_numpy(normalise(fitted, self.spec)))
+            placements.append(placement)
+            for view, spec in zip(seen, self.views, strict=True):
+                values, where = prepare(image, spec)
+                view.append((torch.from_numpy(values), where))
             if self.labels is not None:
-                size = (image.shape[1], image.shape[0])
-                targets.append(move_labels(self.labels[place], matrix, placement, size))
-        return Batch(torch.cat(tensors), targets if self.labels is not None else None)
+                parts = [move_labels(self.labels[p.place], p, placement) for p in pieces]
+                targets.append(parts[0] if len(parts) == 1 else join_targets(parts))
+        views = tuple(
+            View(torch.cat([values for values, _ in view]), tuple(where for _, where in view))
+            for view in seen
+        )
+        labelled = targets if self.labels is not None else None
+        return Batch(torch.cat(tensors), labelled, tuple(placements), views)
 
     def batches(self, first: int, stop: int) -> Iterator[Batch]:
         """Yields batches ``first`` to ``stop - 1``, made ahead of time."""

@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from edgesight.compression.photos import PhotoStream, augment, calibration_batches
+from edgesight.compression.augment import augment
+from edgesight.compression.photos import PhotoStream, calibration_batches
 from edgesight.compression.train import TrainConfig, train
 from edgesight.models.errors import ModelFileError, RecipeError
 from edgesight.models.nets.common import DetectorNet
