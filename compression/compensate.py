@@ -30,6 +30,7 @@ def refit(
     ridge: float = 1e-2,
     samples_max: int = 1500,
     progress: bool = True,
+    keep_zeros: bool = False,
 ) -> None:
     """Refits all dense convolutions of a cut network to the uncut one's outputs, in place.
 
@@ -41,6 +42,7 @@ def refit(
         ridge: Pull towards the weights as they are, relative to each input's energy.
         samples_max: Positions per batch and layer.
         progress: Show a bar on stderr.
+        keep_zeros: Fit only the weights that are not zero, each output channel by itself.
     """
     ours = _Walk(trace(net), batches)
     theirs = _Walk(trace(dense), batches)
@@ -54,7 +56,8 @@ def refit(
         # A shared convolution cannot be fitted to two inputs one after the other.
         if isinstance(conv, nn.Conv2d) and conv.groups == 1 and calls[name] == 1:
             rows = rows_kept.get(name)
-            _fit_layer(conv, ours.inputs(node), theirs.values[other], rows, ridge, samples_max)
+            inputs, targets = ours.inputs(node), theirs.values[other]
+            _fit_layer(conv, inputs, targets, rows, ridge, samples_max, keep_zeros)
         ours.step(node)
 
 
@@ -98,6 +101,7 @@ def _fit_layer(
     rows: Tensor | None,
     ridge: float,
     samples_max: int,
+    keep_zeros: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     width = conv.weight[0].numel() + 1
@@ -115,8 +119,26 @@ def _fit_layer(
     # Each input is damped in its own units, so that loud channels do not hide quiet ones.
     energy = gram.diagonal()
     damping = torch.diag(ridge * energy + 1e-8 * energy.mean() + 1e-12)
-    new = torch.linalg.solve(gram + damping, cross + damping @ old).T
+    if keep_zeros:
+        new = _solve_kept(gram + damping, cross + damping @ old, old != 0).T
+    else:
+        new = torch.linalg.solve(gram + damping, cross + damping @ old).T
     conv.weight.copy_(new[:, :-1].reshape(conv.weight.shape))
     if conv.bias is None:
         conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
     conv.bias.copy_(new[:, -1])
+
+
+def _solve_kept(gram: Tensor, cross: Tensor, kept: Tensor) -> Tensor:
+    """Returns per column of ``cross`` the best solution that is zero where ``kept`` is False.
+
+    The last row, the bias, is always fitted.
+    """
+    result = torch.zeros_like(cross)
+    for column in range(cross.shape[1]):
+        mask = kept[:, column].clone()
+        mask[-1] = True
+        rows = mask.nonzero()[:, 0]
+        system = gram[rows[:, None], rows]
+        result[rows, column] = torch.linalg.solve(system, cross[rows, column])
+    return result

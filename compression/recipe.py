@@ -167,6 +167,9 @@ class Recipe(Strict):
             if late:
                 message = f"steps: only verify after quantize, found {late[0]}; put it before"
                 raise ValueError(message)
+        if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
+            message = "steps: prune before sparsify (it refits all weights), found it after"
+            raise ValueError(message)
         ratios = [s.macs_ratio for s in self.steps if isinstance(s, PruneStep)]
         for first, second in itertools.pairwise(ratios):
             if second >= first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -56,6 +56,59 @@ class DistillStep(Strict):
     save_s: float = Field(120.0, ge=0)
 
 
+class SparsifyStep(Strict):
+    """Makes single weights zero; no layer changes its shape.
+
+    Attributes:
+        method: Which go: the smallest by ``magnitude``, by ``gradient`` of what the network says,
+            by ``taylor`` (weight times gradient); or all below a ``threshold``.
+        sparsity: Part of the weights to be zero afterwards, those counted that are already.
+        scope: ``layer``: the same part of each; ``global``: the smallest of all layers together.
+        pattern: ``N:M``, as ``2:4``: of every M input channels N stay, instead of ``sparsity``.
+        threshold: Of ``method = "threshold"``: smaller weights go.
+        relative: The threshold counts in root mean square weights of each layer.
+        rounds: The goal is neared in so many, each with a refit, first fast, then slowly.
+        refit: Fit the weights that are left to what the network computed before.
+        keep_min: Each layer keeps at least this part of its weights.
+        photos: Photos for gradients and refit.
+    """
+
+    kind: Literal["sparsify"]
+    method: Literal["magnitude", "threshold", "gradient", "taylor"] = "taylor"
+    sparsity: float = Field(0.5, ge=0, lt=1)
+    scope: Literal["layer", "global"] = "global"
+    pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$")
+    threshold: float | None = Field(None, gt=0)
+    relative: bool = True
+    rounds: int = Field(1, ge=1, le=100)
+    refit: bool = True
+    keep_min: float = Field(0.02, ge=0, le=1)
+    photos: int = Field(96, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SparsifyStep:
+        if self.pattern is not None and self.counts[0] >= self.counts[1]:
+            message = f"a pattern N:M with N below M, as 2:4, found {self.pattern!r}"
+            raise ValueError(message)
+        if (self.method == "threshold") != (self.threshold is not None):
+            message = "method = 'threshold' and a threshold together, found one alone"
+            raise ValueError(message)
+        if self.method == "threshold" and self.pattern is not None:
+            message = "a threshold or a pattern, found both; leave one out"
+            raise ValueError(message)
+        return self
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """N and M of the pattern.
+
+        Raises:
+            ValueError: There is none.
+        """
+        first, _, second = (self.pattern or "").partition(":")
+        return int(first), int(second)
+
+
 class QuantizeStep(Strict):
     """Turns the network into 8-bit integers.
 
@@ -88,11 +141,12 @@ class VerifyStep(Strict):
 
 
 Step = Annotated[
-    PruneStep | DistillStep | QuantizeStep | VerifyStep,
+    PruneStep | SparsifyStep | DistillStep | QuantizeStep | VerifyStep,
     Field(discriminator="kind"),
 ]
 STEP_KINDS: Final[dict[str, type[Strict]]] = {
     "prune": PruneStep,
+    "sparsify": SparsifyStep,
     "distill": DistillStep,
     "quantize": QuantizeStep,
     "verify": VerifyStep,

@@ -25,6 +25,7 @@ from ..models.spec import ModelSpec
 from .cut import chosen_groups, cut
 from .data import PhotoSet
 from .groups import find_groups
+from .sparse import mark_sparse
 
 NET_KEY = "edgesight.net"
 """Metadata key of an exported float file: which network it is and how it was changed."""
@@ -157,7 +158,15 @@ def _cut(net: DetectorNet, edit: Edit, example: Tensor) -> DetectorNet:
     return result
 
 
-EDITS: dict[str, Callable[[DetectorNet, Edit, Tensor], DetectorNet]] = {"cut": _cut}
+def _sparsify(net: DetectorNet, edit: Edit, example: Tensor) -> DetectorNet:
+    mark_sparse(net)  # where the zeros are is in the weights
+    return net
+
+
+EDITS: dict[str, Callable[[DetectorNet, Edit, Tensor], DetectorNet]] = {
+    "cut": _cut,
+    "sparsify": _sparsify,
+}
 """Kind of edit -> function that carries it out on a network of the shape before it."""
 
 

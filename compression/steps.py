@@ -30,6 +30,7 @@ from .prune import conv_costs, count_macs, plan_pruning
 from .quantize import QuantizeConfig, quantize
 from .settings import DistillStep, PruneStep, QuantizeStep, VerifyStep
 from .slim import shorten_names
+from .sparse_step import run_sparsify
 from .state import NET_KEY, State, StepReport, rows_kept
 from .train import TrainConfig, train
 from .verify import Subject, verify
@@ -197,6 +198,7 @@ def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
 StepFunction = Callable[[State, Any], tuple[State, StepReport]]
 STEPS: Final[dict[str, StepFunction]] = {
     "prune": run_prune,
+    "sparsify": run_sparsify,
     "distill": run_distill,
     "quantize": run_quantize,
     "verify": run_verify,
