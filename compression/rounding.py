@@ -75,7 +75,7 @@ def least_scales(bias: FloatArray, input_scale: float) -> FloatArray:
 
 
 def compensated(weight: DoubleArray, scales: FloatArray, moments: DoubleArray) -> DoubleArray:
-    """Returns codes ``(channels, inputs)``, rounded with the error fed forward.
+    """Returns codes ``(channels, inputs)``, rounded with the error fed forward; zeros stay zero.
 
     Args:
         weight: ``(channels, inputs)``.
@@ -87,10 +87,12 @@ def compensated(weight: DoubleArray, scales: FloatArray, moments: DoubleArray) -
     damped = moments[np.ix_(order, order)] + DAMPING * max(power.mean(), 1e-12) * np.eye(len(power))
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     left = weight[:, order].copy()
+    zero = left == 0  # a sparse network's: what is fed forward must not fill them
     codes = np.zeros_like(left)
     step = scales.astype(np.float64)
     for j in range(len(order)):
-        codes[:, j] = np.clip(np.rint(left[:, j] / step), -127, 127)
+        rounded = np.clip(np.rint(left[:, j] / step), -127, 127)
+        codes[:, j] = np.where(zero[:, j], 0, rounded)
         error = (left[:, j] - codes[:, j] * step) / upper[j, j]
         left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
     result = np.empty_like(codes)
