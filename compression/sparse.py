@@ -200,7 +200,7 @@ def keep_pattern(scores: Scores, count: int, group: int) -> Kept:
         inputs = rows.shape[-1]
         filled = nn.functional.pad(rows, (0, -inputs % group), value=-1.0)
         groups = filled.reshape(*rows.shape[:-1], -1, group)
-        order = groups.argsort(-1, descending=True, stable=True)
+        order = groups.argsort(dim=-1, descending=True, stable=True)
         mask = torch.zeros_like(groups, dtype=torch.bool)
         mask.scatter_(-1, order[..., :count], torch.ones_like(mask[..., :count]))
         kept[name] = mask.flatten(-2)[..., :inputs].movedim(-1, 1).contiguous()
