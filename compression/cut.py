@@ -114,7 +114,7 @@ def _cut_module(name: str, module: nn.Module, rows: set[int], columns: set[int])
     if not len(keep_rows) or not len(keep_columns):
         message = f"expected at least one channel left in {name}, found none; prune less"
         raise ValueError(message)
-    for key in ("weight", "bias", "running_mean", "running_var"):
+    for key in ("weight", "bias", "running_mean", "running_var", "bn_scale"):
         value = getattr(module, key, None)
         if not isinstance(value, Tensor):
             continue

@@ -244,7 +244,7 @@ def _rewritten(module: nn.Module, example: Tensor) -> nn.Module:
 def _folded(net: DetectorNet, example: Tensor) -> DetectorNet:
     """Returns the network with normalisation folded, or as it is where folding changes it."""
     folded = copy.deepcopy(net)
-    fold_batchnorm(folded)
+    fold_batchnorm(folded, remember=True)
     noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
     pairs = zip(net(noise), folded(noise), strict=True)
     same = all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in pairs)

@@ -8,7 +8,8 @@ detector's outputs depend on them, so costs of different layers can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass
 class ConvStats:
-    """What pruning needs to know of one convolution.
+    """What pruning and factorising need to know of one convolution or linear layer.
 
     Attributes:
         weight: float64 ``(out, in * k * k)``.
@@ -34,6 +35,8 @@ class ConvStats:
         sensitivity: Squared effect of an error in each output channel, float64 ``(out,)``.
         cells: Output positions per photo.
         taps: ``k * k``.
+        mean: Of its inputs, float64 ``(in * k * k,)``, in units that make
+            ``gram - outer(mean, mean)`` their covariance; None if it was not gathered.
     """
 
     weight: Matrix
@@ -41,12 +44,18 @@ class ConvStats:
     sensitivity: Matrix
     cells: int
     taps: int
+    mean: Matrix | None = None
+
+    @property
+    def covariance(self) -> Matrix:
+        """What the inputs vary by: a constant part costs nothing, biases carry it."""
+        return self.gram if self.mean is None else self.gram - np.outer(self.mean, self.mean)
 
 
 def collect_stats(
     net: DetectorNet, batches: Iterable[Tensor], seed: int = 0, samples_max: int = 400
 ) -> dict[str, ConvStats]:
-    """Runs the network on photos and gathers the statistics of all dense convolutions.
+    """Runs the network on photos; gathers the statistics of dense convolutions and linear layers.
 
     Args:
         net: In eval mode, normalisation folded.
@@ -56,17 +65,23 @@ def collect_stats(
     """
     torch.set_flush_denormal(True)  # tiny gradients are a hundred times slower on x86 otherwise
     generator = torch.Generator().manual_seed(seed)
-    convs = {
-        name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1
+    layers = {
+        name: m
+        for name, m in net.named_modules()
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
     }
+    calls: Counter[str] = Counter()
+    means: dict[str, Matrix] = {}
     stats: dict[str, ConvStats] = {}
 
-    def remember(name: str, module: nn.Conv2d, x: Tensor, y: Tensor) -> None:
+    def remember(name: str, module: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor) -> None:
         x = x.detach()  # of this call: a shared convolution has several
         y.register_hook(lambda grad: gather(name, module, x, grad))  # type: ignore[no-untyped-call]
 
-    def gather(name: str, module: nn.Conv2d, x: Tensor, grad: Tensor) -> None:
+    def gather(name: str, module: nn.Conv2d | nn.Linear, x: Tensor, grad: Tensor) -> None:
         grad = grad.float()
+        if isinstance(module, nn.Linear):
+            grad = grad.flatten(0, -2)[:, :, None, None]
         columns = unfold(x, module).float()
         energy = grad.square().sum((0, 2, 3)).double().numpy()
         weights = grad.square().sum(1).flatten()
@@ -74,19 +89,23 @@ def collect_stats(
         if len(columns) > samples_max:
             pick = torch.randperm(len(columns), generator=generator)[:samples_max]
             columns, weights = columns[pick], weights[pick]
+        mean = (columns * weights[:, None]).sum(0).div(weights.sum()).double().numpy()
         columns = columns * weights[:, None].sqrt()
         gram = (columns.T @ columns / weights.sum()).double().numpy()
         if name not in stats:
             weight = module.weight.detach().flatten(1).double().numpy().copy()
-            taps = module.weight.shape[2] * module.weight.shape[3]
+            taps = int(np.prod(module.weight.shape[2:]))
             cells = grad.shape[2] * grad.shape[3]
             zero = np.zeros(len(weight))
             stats[name] = ConvStats(weight, np.zeros_like(gram), zero, cells, taps)
+            means[name] = np.zeros_like(mean)
+        calls[name] += 1
+        means[name] += mean
         stats[name].gram += gram
         stats[name].sensitivity += energy
 
     handles: list[RemovableHandle] = []
-    for name, module in convs.items():
+    for name, module in layers.items():
         handles.append(
             module.register_forward_hook(lambda m, i, o, name=name: remember(name, m, i[0], o))
         )
@@ -102,13 +121,17 @@ def collect_stats(
         for handle in handles:
             handle.remove()
         net.zero_grad(set_to_none=True)
-    for stat in stats.values():
+    for name, stat in stats.items():
         stat.gram /= count
+        # A layer that is called twice has twice the gram.
+        stat.mean = means[name] / np.sqrt(calls[name] * count)
     return stats
 
 
-def unfold(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Returns what a convolution reads at each position, ``(positions, in * k * k)``."""
+def unfold(x: Tensor, conv: nn.Conv2d | nn.Linear) -> Tensor:
+    """Returns what a layer reads at each position, ``(positions, in * k * k)``."""
+    if isinstance(conv, nn.Linear):
+        return x.flatten(0, -2)
     padding = conv.padding
     if isinstance(padding, str):  # "same" has odd kernels here, or torch pads unevenly itself
         sides = zip(conv.dilation, conv.kernel_size, strict=True)
@@ -169,6 +192,44 @@ class RemovalState:
             self._group, weights=weights, minlength=len(self.channels.groups)
         ).astype(np.float64)
 
+    def preview(self, members: Sequence[int], count: int) -> list[tuple[int, float]]:
+        """Returns which of these groups would go first and what each would cost by then.
+
+        Args:
+            members: Groups to choose among.
+            count: How many are to go.
+
+        Returns:
+            ``(group, cost)`` in the order of removal. Nothing is removed.
+        """
+        place = np.full(len(self.channels.groups), -1)
+        place[list(members)] = np.arange(len(members))
+        mine = place[self._group] >= 0
+        slots, owner = self._slot[mine], place[self._group[mine]]
+        convs = {
+            name
+            for n in members
+            for name, _ in self.channels.groups[n].users + self.channels.groups[n].makers
+            if name in self.stats
+        }
+        weight, inverse = dict(self.weight), dict(self.inverse)
+        cost_flat, gone = self.cost_flat.copy(), set(self.gone)
+        if count > 1:  # of one removal only the cost now is asked
+            self.weight.update({name: weight[name].copy() for name in convs})
+            self.inverse.update({name: inverse[name].copy() for name in convs})
+        result: list[tuple[int, float]] = []
+        done = np.zeros(len(members))
+        for step in range(count):
+            costs = np.bincount(owner, self.cost_flat[slots], len(members)) + done
+            best = int(np.argmin(costs))
+            result.append((members[best], float(max(costs[best], 0.0))))
+            done[best] = np.inf
+            if step < count - 1:
+                self.remove(members[best])
+        self.weight, self.inverse = weight, inverse
+        self.cost_flat, self.gone = cost_flat, gone
+        return result
+
     def remove(self, number: int) -> None:
         """Removes one group: the other weights take over what they can."""
         group = self.channels.groups[number]
@@ -200,10 +261,9 @@ class RemovalState:
             energy = (weight.T**2) @ stat.sensitivity
             cost = energy / np.maximum(np.diag(inverse), 1e-30)
         else:
-            cost = np.empty(weight.shape[1] // stat.taps)
-            for i in range(len(cost)):
-                block = slice(i * stat.taps, (i + 1) * stat.taps)
-                part = weight[:, block]
-                best = np.linalg.solve(inverse[block, block], part.T)
-                cost[i] = stat.sensitivity @ np.einsum("oi,io->o", part, best)
+            count = weight.shape[1] // stat.taps
+            square = inverse.reshape(count, stat.taps, count, stat.taps)
+            blocks = square[np.arange(count), :, np.arange(count)]  # (in, taps, taps)
+            parts = weight.reshape(len(weight), count, stat.taps).transpose(1, 2, 0)
+            cost = (parts * np.linalg.solve(blocks, parts)).sum(1) @ stat.sensitivity
         self.cost_flat[self.offset[name] : self.offset[name] + len(cost)] = cost

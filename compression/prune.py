@@ -1,27 +1,44 @@
-"""Structured pruning: which channels go, within a budget of multiply-accumulates, aligned."""
+"""Structured pruning: which channels go, within a budget, at counts that a core is fast with.
+
+Layers go down in steps, from one count that is allowed to the next lower one, and each step is
+judged by what it really saves there. That is no constant slope on a processor: a depthwise
+convolution of 56 channels takes two fifths of the instructions of one of 58.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .criteria import Harm, Key, layers
 from .cut import removed_channels
 from .groups import ChannelMap
-from .importance import ConvStats, RemovalState
 
 
 @dataclass(frozen=True)
 class ConvCost:
-    """Size of one convolution: what one output channel, one input channel and one cell cost."""
+    """Size of one convolution.
+
+    Attributes:
+        outputs: Output channels.
+        inputs: Input channels that one output channel reads.
+        taps: Cells that it reads of each.
+        cells: Output cells per picture, of all its calls.
+        groups: Of the convolution; more than 1 means depthwise.
+    """
 
     outputs: int
     inputs: int
     taps: int
     cells: int
+    groups: int = 1
 
     @property
     def macs(self) -> int:
@@ -37,7 +54,7 @@ def conv_costs(net: nn.Module, example: Tensor) -> dict[str, ConvCost]:
         taps = conv.weight.shape[2] * conv.weight.shape[3]
         inputs = conv.in_channels // conv.groups
         cells = y.shape[2] * y.shape[3] * (1 + costs[name].cells if name in costs else 1)
-        costs[name] = ConvCost(conv.out_channels, inputs, taps, cells)
+        costs[name] = ConvCost(conv.out_channels, inputs, taps, cells, conv.groups)
 
     handles = [
         m.register_forward_hook(lambda m, i, o, name=n: note(name, m, o))
@@ -56,6 +73,55 @@ def count_macs(net: nn.Module, example: Tensor) -> int:
     return sum(c.macs for c in conv_costs(net, example).values())
 
 
+CostOf = Callable[[ConvCost, int, int], float]
+"""``(layer, inputs, outputs)`` -> what it costs with so many channels."""
+
+
+def macs_of(layer: ConvCost, inputs: int, outputs: int) -> float:
+    """Returns multiply-accumulates per picture."""
+    return outputs * inputs * layer.taps * layer.cells
+
+
+def a76_of(layer: ConvCost, inputs: int, outputs: int) -> float:
+    """Returns instructions of an 8-bit convolution on a Cortex-A76 in ONNX Runtime.
+
+    Counted under emulation: outputs are made 16 at a time, inputs are read 16 at a time, and
+    depthwise kernels are slow where the channels are no multiple of 8 or 16.
+    """
+    if layer.groups > 1:
+        place = 0 if outputs % 16 == 0 else 1 if outputs % 8 == 0 else 2
+        small, large = (6.8, 8.6, 20.0)[place], (16.8, 17.5, 45.7)[place]
+        per_output = small + (large - small) * (layer.taps - 9) / 16
+    else:
+        per_output = 3.8 + 1.43 * math.ceil(inputs * layer.taps / 16) + (outputs % 16 != 0)
+    return per_output * outputs * layer.cells + 54e3
+
+
+COSTS: Final[dict[str, CostOf]] = {"macs": macs_of, "cortex-a76": a76_of}
+"""What a budget can be counted in."""
+
+
+def total_cost(costs: dict[str, ConvCost], cost_of: CostOf) -> float:
+    """Returns what all convolutions cost."""
+    return sum(cost_of(layer, layer.inputs, layer.outputs) for layer in costs.values())
+
+
+class PlanError(ValueError):
+    """A budget that cannot be reached.
+
+    Args:
+        ratio: What was asked for.
+        least: What can be had.
+    """
+
+    def __init__(self, ratio: float, least: float) -> None:
+        super().__init__(
+            f"expected a budget that pruning can reach, found {ratio:.4g} of the network's cost; "
+            f"the least is {least:.4f}"
+        )
+        self.ratio, self.least = ratio, least
+
+
 @dataclass(frozen=True)
 class PrunePlan:
     """Which channels go; can be stored as JSON and carried out again.
@@ -65,135 +131,250 @@ class PrunePlan:
         macs_before: Of the dense network.
         macs_after: Of the pruned one.
         kept: Conv name -> (channels kept, channels before).
+        cost_before: In the unit of the budget.
+        cost_after: Of the pruned one.
     """
 
     removed: dict[str, list[int]]
     macs_before: int
     macs_after: int
     kept: dict[str, tuple[int, int]]
+    cost_before: float
+    cost_after: float
 
 
-class _Budget:
-    """Multiply-accumulates of the network while groups are taken out of it."""
+@dataclass(frozen=True)
+class PruneRules:
+    """How channels are chosen.
+
+    Attributes:
+        budget: What the goal is counted in, a key of ``COSTS``.
+        cost: What a step's saving is counted in, a key of ``COSTS``.
+        allocation: ``cost``: least harm per cost saved; ``global``: least harm per channel;
+            ``uniform``: the same part of every layer.
+        align: Counts are a multiple of this where that can be met.
+        keep_min: Each layer keeps at least this part of its channels.
+        sizes: Channels per layer that ``keep_min`` counts from, where some went before.
+    """
+
+    budget: str = "macs"
+    cost: str = "macs"
+    allocation: str = "cost"
+    align: int = 8
+    keep_min: float = 0.25
+    sizes: dict[Key, int] = field(default_factory=dict)
+
+    def counts(self, key: Key, size: int) -> list[int]:
+        """Returns the channel counts below ``size`` that a layer may have, largest first.
+
+        Multiples of ``align``; a layer that is none may also stop at the next multiple of 8, so
+        that it need not lose a whole step or stay odd.
+        """
+        floor = min(size, max(self.align, math.ceil(self.sizes.get(key, size) * self.keep_min)))
+        found = {c for c in range(self.align, size, self.align) if c >= floor}
+        near = size // 8 * 8
+        if self.align % 8 == 0 and size % self.align and floor <= near < size:
+            found.add(near)
+        return sorted(found, reverse=True)
+
+
+class _Ledger:
+    """What the network costs while groups are taken out of it."""
 
     def __init__(self, channels: ChannelMap, costs: dict[str, ConvCost]) -> None:
-        self.channels, self.costs = channels, costs
+        self.costs = costs
         self.outputs = {n: c.outputs for n, c in costs.items()}
         self.inputs = {n: c.inputs for n, c in costs.items()}
+        self.rows = [
+            [name for name, _ in g.makers + g.through if name in costs] for g in channels.groups
+        ]
+        self.columns = [[name for name, _ in g.users] for g in channels.groups]
 
-    def macs(self) -> int:
-        return sum(
-            self.outputs[n] * self.inputs[n] * c.taps * c.cells for n, c in self.costs.items()
-        )
+    def total(self, cost_of: CostOf) -> float:
+        return sum(cost_of(c, self.inputs[n], self.outputs[n]) for n, c in self.costs.items())
 
-    def savings(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Returns what removing each group would save now."""
-        per_output = {n: self.inputs[n] * c.taps * c.cells for n, c in self.costs.items()}
-        per_input = {n: self.outputs[n] * c.taps * c.cells for n, c in self.costs.items()}
-        return np.array(
-            [
-                sum(per_output[m] for m, _ in g.makers)
-                + sum(per_output.get(m, 0) for m, _ in g.through)
-                + sum(per_input[m] for m, _ in g.users)
-                for g in self.channels.groups
-            ],
-            dtype=np.float64,
-        )
+    def _less(self, numbers: Sequence[int]) -> tuple[Counter[str], Counter[str]]:
+        rows = Counter(name for number in numbers for name in self.rows[number])
+        return rows, Counter(name for number in numbers for name in self.columns[number])
 
-    def remove(self, number: int) -> None:
-        group = self.channels.groups[number]
-        for name, _ in group.makers + group.through:
-            if name in self.outputs:
-                self.outputs[name] -= 1
-        for name, _ in group.users:
-            self.inputs[name] -= 1
+    def saving(self, numbers: Sequence[int], cost_of: CostOf) -> float:
+        """Returns what removing these groups together would save now."""
+        rows, columns = self._less(numbers)
+        saved = 0.0
+        for name in rows.keys() | columns.keys():
+            cost, inputs, outputs = self.costs[name], self.inputs[name], self.outputs[name]
+            saved += cost_of(cost, inputs, outputs)
+            saved -= cost_of(cost, inputs - columns[name], outputs - rows[name])
+        return saved
+
+    def remove(self, numbers: Sequence[int]) -> None:
+        rows, columns = self._less(numbers)
+        for name, count in rows.items():
+            self.outputs[name] -= count
+        for name, count in columns.items():
+            self.inputs[name] -= count
 
 
 def plan_pruning(
     channels: ChannelMap,
-    stats: dict[str, ConvStats],
+    harm: Harm,
     costs: dict[str, ConvCost],
-    macs_ratio: float,
-    align: int = 8,
-    keep_min: float = 0.25,
+    ratio: float,
+    rules: PruneRules | None = None,
 ) -> PrunePlan:
-    """Chooses channels by least harm per multiply-accumulate saved, until the budget is met.
-
-    First freely; then every layer's count is rounded to a multiple of ``align`` (a multiple runs
-    faster, often even than a smaller odd count), and the choice is made again within these counts.
+    """Chooses the channels that go, until the network is within its budget.
 
     Args:
         channels: From ``find_groups``.
-        stats: From ``collect_stats``.
+        harm: From ``harm_of``; it is used up.
         costs: From ``conv_costs``.
-        macs_ratio: Multiply-accumulates to be left, as a fraction of all.
-        align: Channels of each layer are a multiple of this where that can be met.
-        keep_min: Each layer keeps at least this part of its channels.
+        ratio: Cost to be left, as a fraction of the network's.
+        rules: How to choose.
 
     Raises:
-        ValueError: The ratio is not within 0..1 or cannot be reached.
+        ValueError: The ratio is not within 0..1.
+        PlanError: It cannot be reached.
     """
-    if not 0 < macs_ratio <= 1:
-        message = f"expected a macs_ratio within 0..1, found {macs_ratio}"
+    if not 0 < ratio <= 1:
+        message = f"expected a ratio within 0..1, found {ratio}"
         raise ValueError(message)
-    keys = [tuple(sorted({m for m, _ in g.makers})) for g in channels.groups]
-    sizes = Counter(keys)
-    floor = {k: max(align, int(np.ceil(n * keep_min))) for k, n in sizes.items()}
-    free = {k: max(0, n - min(floor[k], n)) for k, n in sizes.items()}
-    goal = macs_ratio * sum(c.macs for c in costs.values())
-    chosen, macs = _choose(channels, stats, costs, keys, free, goal)
-    # If even this misses the budget, no rounding can meet it.
-    biases: list[float] = list(np.linspace(0.5, -1.5, 21)) if macs <= goal else []
-    gone = Counter(keys[n] for n in chosen)
-    # Rounding may miss the budget: shift the rounding until it is met.
-    for bias in biases:
-        quota = {}
-        for key, size in sizes.items():
-            left = size - gone[key]
-            rounded = int(np.floor(left / align + bias)) * align
-            rounded = min(max(rounded, min(floor[key], size)), size)
-            quota[key] = size - rounded if gone[key] or rounded < left else 0
-        chosen, macs = _choose(channels, stats, costs, keys, quota, 0.0)
-        if macs <= goal:
-            break
-    else:
-        message = f"expected a budget that pruning can reach, found {macs_ratio}; raise it"
-        raise ValueError(message)
+    rules = rules or PruneRules()
+    ledger = _Ledger(channels, costs)
+    budget = COSTS[rules.budget]
+    before = ledger.total(budget)
+    goal = ratio * before * (1 + 1e-9)
+    choose = _uniform if rules.allocation == "uniform" else _stepwise
+    chosen = choose(layers(channels), harm, ledger, goal, rules)
+    after = ledger.total(budget)
+    if after > goal:
+        raise PlanError(ratio, after / before)
     removed = removed_channels(channels, chosen)
     kept = {
         name: (costs[name].outputs - len(rows), costs[name].outputs)
         for name, rows in removed.items()
     }
-    return PrunePlan(removed, sum(c.macs for c in costs.values()), int(macs), kept)
+    macs = total_cost(costs, macs_of), ledger.total(macs_of)
+    return PrunePlan(removed, int(macs[0]), int(macs[1]), kept, before, after)
 
 
-def _choose(
-    channels: ChannelMap,
-    stats: dict[str, ConvStats],
-    costs: dict[str, ConvCost],
-    keys: list[tuple[str, ...]],
-    quota: dict[tuple[str, ...], int],
-    goal_macs: float,
-) -> tuple[list[int], int]:
-    """Removes the group of least harm per saving until the goal or all quotas are met."""
-    state, budget = RemovalState(channels, stats), _Budget(channels, costs)
-    left = dict(quota)
-    members: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, key in enumerate(keys):
-        members[key].append(number)
-    open_group = np.array([left[k] > 0 for k in keys])
+@dataclass(frozen=True)
+class _Move:
+    """One layer going down to a lower count."""
+
+    numbers: list[int]
+    harm: float
+    saving: float  # in the unit that steps are compared by
+    relief: float  # in the unit of the budget
+
+    def value(self, excess: float) -> float:
+        """Returns harm per saving; nothing is gained by saving more than what is over budget."""
+        return (self.harm + 1e-12) / (self.saving * min(1.0, excess / self.relief))
+
+
+def _stepwise(
+    spaces: dict[Key, list[int]],
+    harm: Harm,
+    ledger: _Ledger,
+    goal: float,
+    rules: PruneRules,
+) -> list[int]:
+    """Lowers the layer of least harm per saving, again and again, until the goal is met."""
+    budget, cost = COSTS[rules.budget], COSTS[rules.cost]
+    look = 1 if rules.cost == "macs" else 2  # a processor may reward only the second step
+    left = {key: list(members) for key, members in spaces.items()}
+    counts = {key: rules.counts(key, len(members)) for key, members in spaces.items()}
+    near = {
+        key: {name for n in members for name in ledger.rows[n] + ledger.columns[n]}
+        for key, members in spaces.items()
+    }
+    changed: dict[str, int] = {}
     chosen: list[int] = []
-    savings = budget.savings()
-    while open_group.any() and budget.macs() > goal_macs:
-        if len(chosen) % 16 == 0:
-            savings = budget.savings()
-        value = np.where(open_group, (state.costs() + 1e-12) / np.maximum(savings, 1), np.inf)
-        best = int(np.argmin(value))
-        chosen.append(best)
-        state.remove(best)
-        budget.remove(best)
-        open_group[best] = False
-        left[keys[best]] -= 1
-        if left[keys[best]] == 0:
-            open_group[members[keys[best]]] = False
-    return chosen, budget.macs()
+
+    def best_move(key: Key, excess: float) -> _Move | None:
+        size = len(left[key])
+        lower = [c for c in counts[key] if c < size][:look]
+        if not lower:
+            return None
+        steps = harm.preview(left[key], size - lower[-1])
+        moves = []
+        for count in lower:
+            numbers = [number for number, _ in steps[: size - count]]
+            sum_harm = sum(h for _, h in steps[: size - count])
+            relief, saving = ledger.saving(numbers, budget), ledger.saving(numbers, cost)
+            if rules.allocation == "global":
+                saving = float(len(numbers))
+            if min(relief, saving) > 0 and math.isfinite(sum_harm):
+                moves.append(_Move(numbers, sum_harm, saving, relief))
+        return min(moves, key=lambda m: m.value(excess), default=None)
+
+    heap: list[tuple[float, Key, int, _Move]] = []
+    parked = list(spaces)  # layers that have no move now, but may have one after the next
+    turn = 0
+    while (excess := ledger.total(budget) - goal) > 0:
+        if not heap:
+            found = [(key, best_move(key, excess)) for key in parked]
+            parked = [key for key, move in found if move is None]
+            heap = [(move.value(excess), key, turn, move) for key, move in found if move]
+            heapq.heapify(heap)
+            if not heap:
+                break
+        value, key, seen, move = heapq.heappop(heap)
+        if any(changed.get(name, 0) > seen for name in near[key]):
+            newer = best_move(key, excess)
+            if newer is None:
+                parked.append(key)
+                continue
+            move = newer
+        if heap and move.value(excess) > max(value, heap[0][0]):  # worse than it looked
+            heapq.heappush(heap, (move.value(excess), key, turn, move))
+            continue
+        turn += 1
+        for number in move.numbers:
+            harm.remove(number)
+            changed.update(dict.fromkeys(ledger.rows[number] + ledger.columns[number], turn))
+        ledger.remove(move.numbers)
+        chosen += move.numbers
+        gone = set(move.numbers)
+        left[key] = [number for number in left[key] if number not in gone]
+        following = best_move(key, excess)
+        if following is None:
+            parked.append(key)
+        else:
+            heapq.heappush(heap, (following.value(excess), key, turn, following))
+    return chosen
+
+
+def _uniform(
+    spaces: dict[Key, list[int]],
+    harm: Harm,
+    ledger: _Ledger,
+    goal: float,
+    rules: PruneRules,
+) -> list[int]:
+    """Keeps the same part of every layer, the largest that meets the goal."""
+    budget = COSTS[rules.budget]
+    counts = {key: rules.counts(key, len(members)) for key, members in spaces.items()}
+    orders: dict[Key, list[int]] = {}
+    for key, members in spaces.items():
+        most = len(members) - min([*counts[key], len(members)])
+        orders[key] = [n for n, h in harm.preview(members, most) if math.isfinite(h)]
+
+    def gone(part: float) -> list[int]:
+        result: list[int] = []
+        for key, order in orders.items():
+            size = len(spaces[key])
+            allowed = [c for c in (size, *counts[key]) if size - c <= len(order)]
+            count = min(allowed, key=lambda c: abs(c - part * size))
+            result += order[: size - count]
+        return result
+
+    before = ledger.total(budget)
+    fine = 1000  # parts of a whole
+    low, high = 0, fine  # the largest part that meets the goal lies in between
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = before - ledger.saving(gone(middle / fine), budget) <= goal
+        low, high = (middle, high) if fits else (low, middle)
+    chosen = gone(low / fine)
+    ledger.remove(chosen)
+    return chosen

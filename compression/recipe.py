@@ -170,11 +170,11 @@ class Recipe(Strict):
         if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
             message = "steps: prune before sparsify (it refits all weights), found it after"
             raise ValueError(message)
-        ratios = [s.macs_ratio for s in self.steps if isinstance(s, PruneStep)]
-        for first, second in itertools.pairwise(ratios):
-            if second >= first:
+        budgets = [s.budget for s in self.steps if isinstance(s, PruneStep)]
+        for (unit, first), (next_unit, second) in itertools.pairwise(budgets):
+            if unit == next_unit and second >= first:
                 message = (
-                    "steps: each prune to leave less than the one before it (macs_ratio counts "
+                    "steps: each prune to leave less than the one before it (its ratio counts "
                     f"from the original model), found {first} and then {second}"
                 )
                 raise ValueError(message)

@@ -84,7 +84,7 @@ def _from_name(source: ModelSource, name: str) -> Entered:
     count = len(source.classes) if source.classes else len(spec.classes) if spec else 80
     net = build_net(name, count)
     load_weights(net, source.weights)
-    fold_batchnorm(net)
+    fold_batchnorm(net, remember=True)  # nothing to remember where the file came folded
     net.eval()
     spec = _adjusted(spec or _spec_of(net, source), source, name)
     digest = f"{name}:{sha256(source.weights)}"
@@ -169,6 +169,8 @@ def _from_module(source: ModelSource) -> Entered:
     if source.weights is not None:
         try:
             load_weights(net, source.weights)
+            for child in net.modules():
+                child.__dict__.pop("bn_scale", None)  # they were of other weights
         except ModelFileError as error:
             message = f"{error}; or load them in {source.module} itself"
             raise ModelFileError(message) from error

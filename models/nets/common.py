@@ -152,7 +152,7 @@ def _fold_pair(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
 
 
-def fold_batchnorm(module: nn.Module) -> int:
+def fold_batchnorm(module: nn.Module, remember: bool = False) -> int:
     """Fold every convolution + batch normalisation pair in place; exact in eval mode.
 
     A pair is a ``Conv2d`` and the ``BatchNorm2d`` registered right after it in the same parent.
@@ -160,6 +160,8 @@ def fold_batchnorm(module: nn.Module) -> int:
 
     Args:
         module: Any module tree; it is changed.
+        remember: Leave the normalisation's scales with the convolution, as ``bn_scale`` (a plain
+            tensor ``[out]``): pruning may ask for them.
 
     Returns:
         How many pairs were folded (0 for a tree that was folded before).
@@ -174,6 +176,8 @@ def fold_batchnorm(module: nn.Module) -> int:
                 and previous.out_channels == child.num_features
             ):
                 _fold_pair(previous, child)
+                if remember and child.affine:
+                    previous.bn_scale = child.weight.detach().abs().clone()
                 setattr(parent, name, nn.Identity())
                 folded += 1
             previous = child
