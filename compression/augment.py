@@ -128,7 +128,7 @@ def _recoloured(image: Image, rng: np.random.Generator) -> Image:
         gain = rng.uniform(0.7, 1.3) * rng.uniform(0.9, 1.1, 3)
         shift = rng.uniform(-20, 20)
         bright = image * gain.astype(np.float32) + np.float32(shift)
-        return np.clip(bright, 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(bright, 0, 255), np.uint8)
     return image
 
 

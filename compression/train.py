@@ -1,4 +1,7 @@
-"""The training loop: resumable, with weights averaged over time, for CPUs and GPUs."""
+"""The training loop: resumable, with weights averaged over time, for CPUs and GPUs.
+
+It can be shared by several processes (``parallel``), each with its part of every batch.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +25,17 @@ from tqdm import tqdm
 from ..models.errors import ModelFileError, RecipeError
 from ..models.files import atomic_path
 from ..models.nets.common import DetectorNet
-from .assign import label_loss
-from .distill import FeatureTap, LossWeights, feature_loss, output_loss
+from . import parallel
+from .assign import Targets, label_loss
+from .distill import FeatureTap, LossWeights
 from .photos import Batch, PhotoStream
+from .sparse import SparseMasks, masks_of
+from .teachers import Guide, Seen, Term, Twin
+
+ADAPTER_GAIN = 10.0
+"""Adapters start from nothing and learn so many times as fast as the student."""
+NOT_IN_KEY = ("save_s", "device")
+"""Settings on which no result hangs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class TrainConfig:
         save_s: Seconds between checkpoints.
         weights: Of the terms of the loss.
         mixed: Compute in bfloat16 where that is safe (5 times as fast on a CPU that has it).
+        temperature: Softens scores and distributions of student and teacher.
+        device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     photos: int = 20_000
@@ -52,6 +65,8 @@ class TrainConfig:
     save_s: float = 120.0
     weights: LossWeights = field(default_factory=LossWeights)
     mixed: bool = True
+    temperature: float = 1.0
+    device: str = "auto"
 
 
 class RelativeAdam(torch.optim.Optimizer):
@@ -62,11 +77,13 @@ class RelativeAdam(torch.optim.Optimizer):
     units (as LARS does per layer, arXiv 1708.03888) makes one rate fit all.
 
     Args:
-        params: Parameters; the first axis is the output channel.
+        params: Parameters (the first axis is the output channel), or groups of them.
         rate: Step relative to a channel's root-mean-square weight.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], rate: float) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], rate: float
+    ) -> None:
         super().__init__(params, {"rate": rate})
 
     @torch.no_grad()
@@ -93,7 +110,7 @@ class RelativeAdam(torch.optim.Optimizer):
 
 def train(
     net: DetectorNet,
-    teacher: DetectorNet,
+    teacher: DetectorNet | Sequence[Guide],
     stream: PhotoStream,
     config: TrainConfig,
     checkpoint: Path,
@@ -101,59 +118,95 @@ def train(
     score: Callable[[DetectorNet], float] | None = None,
     progress: bool = True,
 ) -> DetectorNet:
-    """Distils ``teacher`` into ``net`` and returns the averaged student.
+    """Distils teachers into ``net`` and returns the averaged student.
 
     A run that was stopped goes on from ``checkpoint`` and ends with the same weights as one that
-    was not (same machine, same thread count).
+    was not (same machine, same thread count, on a CPU).
 
     Args:
         net: The student, normalisation folded.
-        teacher: The uncut network.
-        stream: Batches of photos.
+        teacher: The uncut network, or any teachers.
+        stream: Batches of photos, with the views that the teachers want.
         config: How long and how fast.
         checkpoint: File to resume from and to save to.
-        rows: Conv name -> the teacher's output channels that the student still has.
+        rows: Conv name -> the uncut network's output channels that the student still has.
         score: Called on the averaged student at each checkpoint; only logged.
         progress: Show a bar on stderr.
 
     Raises:
-        RecipeError: The loss is not finite: the rate is too high.
+        RecipeError: The loss is not finite: the rate is too high; the checkpoint before stays. Or
+            the batch cannot be shared, or there is no such device.
         ModelFileError: The checkpoint is of another run.
     """
     torch.set_flush_denormal(True)  # tiny gradients are a hundred times slower on x86 otherwise
+    if stream.batch % parallel.count():
+        message = (
+            f"distill.batch: expected a multiple of the {parallel.count()} processes that share "
+            f"it, found {stream.batch}"
+        )
+        raise RecipeError(message)
+    device = parallel.device(config.device)
     steps = max(1, math.ceil(config.photos / config.batch))
-    averaged = copy.deepcopy(net).eval()
-    optimizer = RelativeAdam([p for p in net.parameters() if p.requires_grad], config.rate)
-    key = run_key(net, config, stream, rows)
-    first = _resume(checkpoint, key, net, averaged, optimizer)
-    teacher = copy.deepcopy(teacher).eval()
-    for each in (net, teacher):  # the layout in which CPUs and GPUs convolve fastest
-        each.to(memory_format=torch.channels_last)
-    mine, theirs = FeatureTap(net), FeatureTap(teacher, rows)
-    bar = tqdm(total=steps, initial=first, desc="distil", unit="step", disable=not progress)
-    step, saved_s = first, time.monotonic()
+    averaged = copy.deepcopy(net).eval().to(device)
+    net.to(device)
+    guides: Sequence[Guide] = [Twin(teacher, rows)] if isinstance(teacher, DetectorNet) else teacher
+    for guide in guides:
+        guide.begin(net, device, config.seed)
+    adapters = nn.ModuleList(g.adapters for g in guides if g.adapters is not None)
+    groups: list[dict[str, Any]] = [{"params": [p for p in net.parameters() if p.requires_grad]}]
+    if len(adapters):
+        groups.append({"params": list(adapters.parameters()), "gain": ADAPTER_GAIN})
+    optimizer = RelativeAdam(groups, config.rate)
+    key = run_key(net, config, stream, guides)
+    first = _resume(checkpoint, key, net, averaged, optimizer, adapters)
+    parallel.meet()  # nobody overwrites what another still has to read
+    net.to(memory_format=torch.channels_last)  # in which CPUs and GPUs convolve fastest
+    loop = _Loop(net, guides, config, optimizer, masks_of(net))
+    shown = progress and parallel.is_first()
+    bar = tqdm(total=steps, initial=first, desc="distil", unit="step", disable=not shown)
+    step, saved_s, sound = first, time.monotonic(), True
+
+    def save() -> None:
+        if parallel.is_first():
+            save_checkpoint(checkpoint, key, step, net, averaged, optimizer, adapters)
+
     try:
         for batch in stream.batches(first, steps):
             for group in optimizer.param_groups:
-                group["rate"] = config.rate * _schedule(step / steps, config.warmup)
+                rate = config.rate * _schedule(step / steps, config.warmup)
+                group["rate"] = rate * group.get("gain", 1.0)
+            before_step(net, step / steps)
             with _undisturbed():  # a step counts whole or not at all, also at Ctrl-C
-                terms = _step(net, teacher, mine, theirs, batch, config, optimizer)
+                terms = loop.step(batch)
                 step += 1
                 follow(averaged, net, config.ema, step)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             if time.monotonic() - saved_s > config.save_s:
-                save_checkpoint(checkpoint, key, step, net, averaged, optimizer)
+                save()
                 saved_s = time.monotonic()
                 if score is not None:
                     tqdm.write(f"step {step}: {score(averaged):.2f}")
+    except RecipeError:  # the weights are spoiled: the checkpoint before stays
+        sound = False
+        raise
     finally:  # also at Ctrl-C: nothing is lost
-        if step > first:
-            save_checkpoint(checkpoint, key, step, net, averaged, optimizer)
+        if step > first and sound:
+            save()
         bar.close()
-        mine.close()
-        theirs.close()
-    return averaged
+        loop.close()
+    net.cpu()
+    return averaged.cpu()
+
+
+def before_step(net: nn.Module, part: float) -> None:
+    """Sets what changes in the course of a run: called before each step.
+
+    Args:
+        net: The student.
+        part: How much of the run is done, 0..1; hangs on the step alone, so that a resumed run
+            goes the same way.
+    """
 
 
 @torch.no_grad()
@@ -164,38 +217,86 @@ def follow(averaged: nn.Module, net: nn.Module, ema: float, step: int) -> None:
         ours.lerp_(new, 1 - decay)
 
 
-def _step(
-    net: DetectorNet,
-    teacher: DetectorNet,
-    mine: FeatureTap,
-    theirs: FeatureTap,
-    batch: Batch,
-    config: TrainConfig,
-    optimizer: RelativeAdam,
-) -> dict[str, float]:
-    device = next(net.parameters()).device
-    images = batch.images.to(device, memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.mixed):
-        with torch.no_grad():
-            goal = [level.float() for level in teacher(images)]
-        output = [level.float() for level in net(images)]
-    scores, boxes = output_loss(net, output, goal)
-    features = feature_loss(mine.take(), theirs.take())
-    weights = config.weights
-    loss = weights.scores * scores + weights.boxes * boxes + weights.features * features
-    terms = {"scores": scores, "boxes": boxes, "features": features}
-    if batch.targets is not None:
-        terms["label_scores"], terms["label_boxes"] = label_loss(net, output, batch.targets)
-        loss = loss + weights.labels * (terms["label_scores"] + terms["label_boxes"])
-    if not bool(torch.isfinite(loss)):
-        message = (
-            f"expected a finite loss, found {float(loss.detach())}; lower the rate of the step"
-        )
-        raise RecipeError(message)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return {name: float(term.detach()) for name, term in terms.items()}
+class _Loop:
+    """What one step of the training does.
+
+    Args:
+        net: The student.
+        guides: Its teachers.
+        config: How to train.
+        optimizer: Over the student's weights and the adapters'.
+        masks: Weights that stay zero.
+    """
+
+    def __init__(
+        self,
+        net: DetectorNet,
+        guides: Sequence[Guide],
+        config: TrainConfig,
+        optimizer: RelativeAdam,
+        masks: SparseMasks | None,
+    ) -> None:
+        self.net, self.guides, self.config, self.masks = net, guides, config, masks
+        self.optimizer = optimizer
+        self.tap = FeatureTap(net)
+
+    def close(self) -> None:
+        """Stops listening to features."""
+        self.tap.close()
+        for guide in self.guides:
+            guide.close()
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Learns from one batch; returns the terms of the loss."""
+        net, config = self.net, self.config
+        device = next(net.parameters()).device
+        images = batch.images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed):
+            with torch.no_grad():
+                goals = [guide.look(images, batch.views) for guide in self.guides]
+            output = [level.float() for level in net(images)]
+        seen = Seen(output, self.tap.take())
+        found: list[Term] = []
+        for guide, goal in zip(self.guides, goals, strict=True):
+            found += guide.terms(net, seen, goal, batch, config.temperature)
+        terms = _averaged(found)
+        parts = [getattr(config.weights, name) * term for name, term in terms.items()]
+        if batch.targets is not None:
+            targets = [_on(device, target) for target in batch.targets]
+            terms["label_scores"], terms["label_boxes"] = label_loss(net, output, targets)
+            parts.append(config.weights.labels * (terms["label_scores"] + terms["label_boxes"]))
+        loss = parts[0]
+        for part in parts[1:]:
+            loss = loss + part
+        shown = parallel.total(torch.stack([loss, *terms.values()]).detach()).tolist()
+        if not math.isfinite(shown[0]):
+            _refuse("loss", shown[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parallel.add_gradients(p for g in self.optimizer.param_groups for p in g["params"])
+        self.optimizer.step()
+        if self.masks is not None:
+            self.masks.apply_(net)
+        if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+            _refuse("weight", math.nan)
+        return dict(zip(terms, shown[1:], strict=True))
+
+
+def _refuse(what: str, found: float) -> NoReturn:
+    message = f"expected a finite {what}, found {found}; lower the rate of the step"
+    raise RecipeError(message)
+
+
+def _averaged(terms: Sequence[Term]) -> dict[str, Tensor]:
+    """Returns the terms by name; those that several teachers give, averaged."""
+    names: dict[str, list[Tensor]] = {}
+    for name, term in terms:
+        names.setdefault(name, []).append(term)
+    return {n: ts[0] if len(ts) == 1 else torch.stack(ts).mean() for n, ts in names.items()}
+
+
+def _on(device: torch.device, target: Targets) -> Targets:
+    return Targets(target.xyxy.to(device), target.label.to(device), target.weight.to(device))
 
 
 def _schedule(part: float, warmup: float) -> float:
@@ -209,13 +310,12 @@ def run_key(
     net: nn.Module,
     config: TrainConfig,
     stream: PhotoStream,
-    rows: dict[str, Tensor] | None = None,
+    guides: Sequence[Guide] = (),
 ) -> str:
-    """Returns what tells one run from another: shapes, settings, photos, labels, input size."""
+    """Returns what tells one run from another: shapes, settings, photos, labels, teachers."""
     shapes = {name: list(p.shape) for name, p in net.named_parameters()}
-    kept = {name: index.tolist() for name, index in (rows or {}).items()}
-    settings = {k: v for k, v in asdict(config).items() if k != "save_s"}  # no result hangs on it
-    parts = [shapes, settings, kept, stream.description()]
+    settings = {k: v for k, v in asdict(config).items() if k not in NOT_IN_KEY}
+    parts = [shapes, settings, [g.describe() for g in guides], stream.description()]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -243,6 +343,7 @@ def save_checkpoint(
     net: nn.Module,
     averaged: nn.Module,
     optimizer: torch.optim.Optimizer,
+    adapters: nn.Module,
 ) -> None:
     """Saves everything that a run needs to go on."""
     state: dict[str, Any] = {
@@ -251,13 +352,19 @@ def save_checkpoint(
         "net": net.state_dict(),
         "averaged": averaged.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "adapters": adapters.state_dict(),
     }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)
 
 
 def _resume(
-    path: Path, key: str, net: nn.Module, averaged: nn.Module, optimizer: RelativeAdam
+    path: Path,
+    key: str,
+    net: nn.Module,
+    averaged: nn.Module,
+    optimizer: RelativeAdam,
+    adapters: nn.Module,
 ) -> int:
     if not path.is_file():
         return 0
@@ -269,6 +376,7 @@ def _resume(
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
+        adapters.load_state_dict(state["adapters"])
         return int(state["step"])
     except ModelFileError:
         raise

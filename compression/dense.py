@@ -1,0 +1,152 @@
+"""What a teacher with another grid says, brought to the student's cells.
+
+A teacher of another architecture, or the same network at another input size, has other cells than
+the student. Its class scores are resampled bilinearly at the points that the student's cells speak
+for; its boxes are decoded to pixels and taken from the nearest cell. Heads with an objectness are
+compared by the score that they show, objectness times class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.preprocess import Placement
+from . import parallel
+from .assign import Cells, giou
+from .distill import bernoulli_divergence
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A teacher's opinion of each of the student's cells; no gradient.
+
+    Attributes:
+        logits: ``(b, n, k)`` of the shown score, for the classes that both know.
+        boxes: ``(b, n, 4)`` in the student's input pixels.
+        inside: ``(b, n)``; 1 where a cell speaks for a point of the picture, 0 in the padding.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    inside: Tensor
+
+
+def shown_logits(cells: Cells) -> Tensor:
+    """Returns the logit of the score that a detector shows, ``(b, n, classes)``.
+
+    With objectness ``o`` and class ``c`` the shown score is ``sigmoid(o) * sigmoid(c)``; its logit
+    is ``-log(exp(-o) + exp(-c) + exp(-o - c))``.
+    """
+    if cells.objectness is None:
+        return cells.logits
+    c = cells.logits
+    o = cells.objectness[..., None].expand_as(c)
+    return -torch.stack([-o, -c, -o - c]).logsumexp(0)
+
+
+@torch.no_grad()
+def resample(
+    theirs: Cells,
+    their_shapes: Sequence[tuple[int, int]],
+    their_places: Sequence[Placement],
+    columns: Tensor,
+    ours: Cells,
+    our_shapes: Sequence[tuple[int, int]],
+    our_places: Sequence[Placement],
+) -> Dense:
+    """Returns what a teacher says in the student's cells.
+
+    Each level of the student asks the teacher's level whose cells are nearest in size, as seen in
+    the picture.
+
+    Args:
+        theirs: The teacher's cells.
+        their_shapes: Rows and columns of each of its levels.
+        their_places: Where each picture lies in the teacher's input.
+        columns: The teacher's classes to take, int64.
+        ours: The student's cells.
+        our_shapes: Rows and columns of each of its levels.
+        our_places: Where each picture lies in the student's input.
+    """
+    device = ours.logits.device
+    all_logits = shown_logits(theirs)[..., columns]
+    scale_t, shift_t, _ = _geometry(their_places, device)
+    scale_s, shift_s, size = _geometry(our_places, device)
+    point = (ours.centre[None] - shift_s[:, None]) / scale_s[:, None]  # in picture pixels
+    inside = ((point >= 0) & (point <= size[:, None])).all(2)
+    asked = point * scale_t[:, None] + shift_t[:, None]
+    boxes = (theirs.boxes - shift_t.repeat(1, 2)[:, None]) / scale_t.repeat(1, 2)[:, None]
+    boxes = boxes * scale_s.repeat(1, 2)[:, None] + shift_s.repeat(1, 2)[:, None]
+    starts = _starts(their_shapes)
+    strides = [float(theirs.stride[start]) for start in starts]
+    ratio = _size_ratio(theirs, ours)
+    found, places = [], []
+    for start, (rows, cols) in zip(_starts(our_shapes), our_shapes, strict=True):
+        wanted = math.log(float(ours.stride[start]) * ratio)
+        level = min(range(len(strides)), key=lambda k: abs(math.log(strides[k]) - wanted))
+        first, (h, w) = starts[level], their_shapes[level]
+        offset = theirs.centre[first] / strides[level]
+        cell = asked[:, start : start + rows * cols] / strides[level] - offset
+        last = torch.tensor([w - 1, h - 1], device=device).clamp_min(1)
+        grid = (2 * cell / last - 1)[:, None]  # (b, 1, n, 2)
+        at = slice(first, first + h * w)
+        found.append(_sampled(all_logits[:, at], (h, w), grid, "bilinear"))
+        places.append(_sampled(boxes[:, at], (h, w), grid, "nearest"))
+    return Dense(torch.cat(found, 1), torch.cat(places, 1), inside.float())
+
+
+def _sampled(values: Tensor, shape: tuple[int, int], grid: Tensor, mode: str) -> Tensor:
+    """Returns one level's values ``(b, cells, k)`` at points ``(b, 1, n, 2)`` as ``(b, n, k)``."""
+    maps = values.transpose(1, 2).reshape(len(values), -1, *shape)
+    taken = F.grid_sample(maps, grid, mode, "border", align_corners=True)
+    return taken[:, :, 0].transpose(1, 2)
+
+
+def dense_loss(
+    ours: Cells, columns: Tensor, goal: Dense, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the score term and the box term of a batch, each a scalar.
+
+    Args:
+        ours: The student's cells.
+        columns: Its classes that the teacher knows, in the order of ``goal.logits``.
+        goal: From ``resample``.
+        temperature: Softens both sides.
+    """
+    logits = shown_logits(ours)[..., columns]
+    sure = goal.logits.sigmoid().amax(2).square() * goal.inside
+    weight = torch.maximum(sure, logits.detach().sigmoid().amax(2).square() * goal.inside)
+    divergence = bernoulli_divergence(logits, goal.logits, temperature).sum(2)
+    total = parallel.total(sure.sum()).clamp_min(1e-6)
+    boxes = (1 - giou(ours.boxes, goal.boxes)) * sure
+    return (divergence * weight).sum() / total, boxes.sum() / total
+
+
+def _geometry(places: Sequence[Placement], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns scale, offset and picture size of each picture, ``(b, 2)``, x first."""
+    columns = [[p.scale_xy, p.offset_xy, p.source_wh] for p in places]
+    scale, shift, size = torch.tensor(columns, dtype=torch.float32, device=device).unbind(1)
+    return scale, shift, size
+
+
+def _starts(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns the number of each level's first cell."""
+    starts, cell = [], 0
+    for rows, cols in shapes:
+        starts.append(cell)
+        cell += rows * cols
+    return starts
+
+
+def _size_ratio(theirs: Cells, ours: Cells) -> float:
+    """Returns how many times as large the teacher's input is, by side."""
+    areas = [
+        len(c.stride[c.stride == c.stride[0]]) * float(c.stride[0]) ** 2 for c in (theirs, ours)
+    ]
+    return math.sqrt(areas[0] / areas[1])
