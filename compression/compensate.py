@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from .chain import whole_name
 from .importance import unfold
 from .plain import trace
 
@@ -34,10 +35,12 @@ def refit(
 ) -> None:
     """Refits all dense convolutions of a cut network to the uncut one's outputs, in place.
 
+    Of a layer that was factorised, the last factor is refitted; the others have no counterpart.
+
     Args:
         net: The cut network, eval mode, normalisation folded.
         dense: The uncut one.
-        rows_kept: Conv name -> int64 indices of the output channels that are left.
+        rows_kept: Conv name (``whole_name``) -> int64 indices of the output channels that are left.
         batches: Normalised float32 ``(b, 3, h, w)`` photos.
         ridge: Pull towards the weights as they are, relative to each input's energy.
         samples_max: Positions per batch and layer.
@@ -48,17 +51,31 @@ def refit(
     theirs = _Walk(trace(dense), batches)
     modules = dict(net.named_modules())
     calls = Counter(str(n.target) for n in ours.nodes if n.op == "call_module")
-    pairs = list(zip(ours.nodes, theirs.nodes, strict=True))
-    for node, other in tqdm(pairs, desc="refit", unit="op", disable=not progress):
+    for node, other in tqdm(_pairs(ours, theirs), desc="refit", unit="op", disable=not progress):
+        if other is None:
+            ours.step(node)
+            continue
         theirs.step(other)
         name = str(node.target)
         conv = modules.get(name) if node.op == "call_module" else None
         # A shared convolution cannot be fitted to two inputs one after the other.
         if isinstance(conv, nn.Conv2d) and conv.groups == 1 and calls[name] == 1:
-            rows = rows_kept.get(name)
+            rows = rows_kept.get(whole_name(name))
             inputs, targets = ours.inputs(node), theirs.values[other]
             _fit_layer(conv, inputs, targets, rows, ridge, samples_max, keep_zeros)
         ours.step(node)
+
+
+def _pairs(ours: _Walk, theirs: _Walk) -> list[tuple[fx.Node, fx.Node | None]]:
+    """Returns each of our operators with its counterpart; inner factors of a layer have none."""
+    known = {whole_name(str(n.target)) for n in theirs.nodes if n.op == "call_module"}
+    others = iter(theirs.nodes)
+    pairs: list[tuple[fx.Node, fx.Node | None]] = []
+    for node in ours.nodes:
+        inner = node.op == "call_module" and whole_name(str(node.target)) not in known
+        pairs.append((node, None if inner else next(others)))
+    assert next(others, None) is None, "the networks differ in nothing but channels and factors"
+    return pairs
 
 
 class _Walk:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.nets.common import DetectorNet
 from . import parallel
+from .chain import whole_name
 from .levels import take_apart
 
 
@@ -118,6 +119,7 @@ class FeatureTap:
         ]
 
     def _keep(self, name: str, y: Tensor) -> None:
+        name = whole_name(name)
         self.features[name] = y[:, self._rows[name]] if name in self._rows else y
 
     def take(self) -> dict[str, Tensor]:

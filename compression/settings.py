@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
+"""Of a network's input, in pixels."""
 
 
 class Strict(BaseModel):
@@ -17,32 +23,90 @@ class PruneStep(Strict):
     """Removes channels.
 
     Attributes:
-        macs_ratio: Multiply-accumulates to be left, of the *original* model's at its own size.
+        macs_ratio: Multiply-accumulates to be left, of the *original* model's at its own size;
+            0.6 if neither this nor ``cost_ratio`` is given.
+        cost_ratio: The same, counted in ``cost``.
+        cost: What saving is counted in: multiply-accumulates, or instructions of the 8-bit
+            convolutions on a core.
+        criterion: Which channels of a layer go first (``criteria.CRITERIA``).
+        allocation: How much of each layer goes: ``cost``: least harm per cost saved; ``global``:
+            least harm per channel; ``uniform``: the same part of every layer.
+        iterations: Parts in which it is done; what matters is measured anew before each.
         align: Channels per layer are a multiple of this.
         photos: Photos that tell which channels matter, and that what is left is refitted on.
         keep_min: Each layer keeps at least this part of its channels.
     """
 
     kind: Literal["prune"]
-    macs_ratio: float = Field(0.6, gt=0, le=1)
+    macs_ratio: float | None = Field(None, gt=0, le=1)
+    cost_ratio: float | None = Field(None, gt=0, le=1)
+    cost: Literal["macs", "cortex-a76", "cortex-a72"] = "macs"
+    criterion: Literal["obs", "l1", "l2", "bn", "taylor", "lamp", "fpgm"] = "obs"
+    allocation: Literal["cost", "global", "uniform"] = "cost"
+    iterations: int = Field(1, ge=1, le=20)
     align: int = Field(8, ge=1, le=128)
     photos: int = Field(96, ge=1)
     keep_min: float = Field(0.25, gt=0, le=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [k for k in ("macs_ratio", "cost_ratio") if values.get(k) is not None]
+        if len(given) == 2:
+            message = "one of macs_ratio or cost_ratio, found both"
+            raise ValueError(message)
+        return values if given else values | {"macs_ratio": 0.6}
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """What the budget is counted in, and how much of the original's is to be left."""
+        if self.cost_ratio is not None:
+            return self.cost, self.cost_ratio
+        assert self.macs_ratio is not None
+        return "macs", self.macs_ratio
+
+
+class TermWeights(Strict):
+    """Weight of each term of the distillation loss; 0 switches one off.
+
+    Attributes:
+        scores: What the teachers score in each cell.
+        boxes: Where they see its box.
+        features: What the uncut network computes on the way.
+        labels: The photos' boxes.
+        found: The boxes that teachers of another kind find in each augmented picture.
+    """
+
+    scores: float = Field(1.0, ge=0)
+    boxes: float = Field(1.0, ge=0)
+    features: float = Field(1.0, ge=0)
+    labels: float = Field(0.5, ge=0)
+    found: float = Field(0.5, ge=0)
+
 
 class DistillStep(Strict):
-    """Lets the small network learn from the uncut one.
+    """Lets the small network learn from the uncut one, and from other detectors.
 
     Attributes:
         photos: Photo passes in all.
-        batch: Photos per step.
+        batch: Photos per step; if several processes train together, of all of them.
         rate: Largest step, relative to each channel's weights.
         warmup: Part of the run in which the rate rises.
         ema: Decay per step of the averaged weights.
         mixed: Compute in bfloat16 where that is safe.
-        labels: ``auto``: the photos' boxes, and the uncut network's where a photo has none;
-            ``none``: no boxes, only what the uncut network computes.
+        labels: ``auto``: the photos' boxes, and the teachers' where a photo has none; ``none``: no
+            boxes, only what the teachers compute.
         save_s: Seconds between checkpoints.
+        teacher: ``self`` (the uncut network), an ONNX detector of any architecture, or several.
+        teacher_hw: Input height and width of the uncut network as teacher; as the student's if
+            missing. Larger ones see more.
+        temperature: Softens scores and distributions of student and teachers.
+        mosaic: Part of the pictures that are put together from four photos; none in the last
+            sixth of the run.
+        weights: Of the terms of the loss.
+        device: ``auto``: a GPU if there is one.
     """
 
     kind: Literal["distill"]
@@ -54,6 +118,37 @@ class DistillStep(Strict):
     mixed: bool = True
     labels: Literal["auto", "none"] = "auto"
     save_s: float = Field(120.0, ge=0)
+    teacher: tuple[Literal["self"] | Path, ...] = Field(("self",), min_length=1, max_length=8)
+    teacher_hw: tuple[Side, Side] | None = None
+    temperature: float = Field(1.0, gt=0, le=20)
+    mosaic: float = Field(0.0, ge=0, le=1)
+    weights: TermWeights = TermWeights()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillStep:
+        if len(set(self.teacher)) < len(self.teacher):
+            message = "each teacher once, found one twice"
+            raise ValueError(message)
+        if self.teacher_hw is not None and "self" not in self.teacher:
+            message = 'teacher_hw with teacher = "self" (a file has a size of its own), found none'
+            raise ValueError(message)
+        return self
+
+    @property
+    def teacher_files(self) -> tuple[Path, ...]:
+        """The teachers that are files."""
+        return tuple(t for t in self.teacher if isinstance(t, Path))
+
+    def with_teachers(self, change: Callable[[Path], Path]) -> DistillStep:
+        """Returns a copy with other paths of its teachers."""
+        teachers = tuple(change(t) if isinstance(t, Path) else t for t in self.teacher)
+        return self.model_copy(update={"teacher": teachers})
 
 
 class SparsifyStep(Strict):
@@ -132,19 +227,66 @@ class VerifyStep(Strict):
         photos_max: Photos to compare on, at most.
         resamples: Of the bootstrap.
         latency_rounds: Alternating runs of both files; 0: not timed.
+        train_photos: Photos learned from that are compared on besides, at most: does the result
+            do as well on photos that it has not seen?
     """
 
     kind: Literal["verify"]
     photos_max: int = Field(1000, ge=1)
     resamples: int = Field(1000, ge=20)
     latency_rounds: int = Field(60, ge=0)
+    train_photos: int = Field(300, ge=0)
+
+
+class FactoriseStep(Strict):
+    """Replaces dense layers by chains of smaller ones where that costs less.
+
+    How much stays is told by ``energy`` or by ``macs_ratio``; ``energy = 0.95`` if neither is
+    given.
+
+    Attributes:
+        energy: Part of the variance of each layer's outputs that its chain keeps at least.
+        macs_ratio: Multiply-accumulates to be left, of the *original* model's at its own size; by
+            least harm per cost saved.
+        methods: ``svd`` (any layer), ``spatial``, ``tucker``, ``cp`` (kernels larger than 1x1).
+        align: Ranks are a multiple of this.
+        cost: A layer is replaced only if its chain costs less: multiply-accumulates, or
+            instructions of the 8-bit convolutions on a core.
+        data_aware: Keep what matters on photos; else what is large in the weights.
+        photos: Photos that tell what matters, and that what is left is refitted on.
+        refit: Fit all dense convolutions to what the uncut network computes, afterwards.
+    """
+
+    kind: Literal["factorise"]
+    energy: float | None = Field(None, gt=0, le=1)
+    macs_ratio: float | None = Field(None, gt=0, le=1)
+    methods: tuple[Literal["svd", "spatial", "tucker", "cp"], ...] = Field(
+        ("svd", "spatial", "tucker", "cp"), min_length=1
+    )
+    align: int = Field(8, ge=1, le=128)
+    cost: Literal["macs", "cortex-a76", "cortex-a72"] = "cortex-a76"
+    data_aware: bool = True
+    photos: int = Field(96, ge=1)
+    refit: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_goal(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [k for k in ("energy", "macs_ratio") if values.get(k) is not None]
+        if len(given) == 2:
+            message = "one of energy or macs_ratio, found both"
+            raise ValueError(message)
+        return values if given else values | {"energy": 0.95}
 
 
 Step = Annotated[
-    PruneStep | SparsifyStep | DistillStep | QuantizeStep | VerifyStep,
+    FactoriseStep | PruneStep | SparsifyStep | DistillStep | QuantizeStep | VerifyStep,
     Field(discriminator="kind"),
 ]
 STEP_KINDS: Final[dict[str, type[Strict]]] = {
+    "factorise": FactoriseStep,
     "prune": PruneStep,
     "sparsify": SparsifyStep,
     "distill": DistillStep,

@@ -22,6 +22,7 @@ from ..models.errors import ModelFileError
 from ..models.files import atomic_path, sha256, write_json
 from ..models.nets.common import DetectorNet
 from ..models.spec import ModelSpec
+from .chain import whole_name, with_chains
 from .cut import chosen_groups, cut
 from .data import PhotoSet
 from .groups import find_groups
@@ -163,20 +164,32 @@ def _sparsify(net: DetectorNet, edit: Edit, example: Tensor) -> DetectorNet:
     return net
 
 
+def _factorise(net: DetectorNet, edit: Edit, example: Tensor) -> DetectorNet:
+    result = with_chains(net, edit["layers"])
+    assert isinstance(result, DetectorNet)
+    return result
+
+
 EDITS: dict[str, Callable[[DetectorNet, Edit, Tensor], DetectorNet]] = {
     "cut": _cut,
+    "factorise": _factorise,
     "sparsify": _sparsify,
 }
 """Kind of edit -> function that carries it out on a network of the shape before it."""
 
 
 def rows_kept(dense: nn.Module, edits: Sequence[Edit]) -> dict[str, Tensor]:
-    """Returns conv name -> int64 output channels of ``dense`` that are left after all cuts."""
-    modules = dict(dense.named_modules())
+    """Returns conv name -> int64 output channels of ``dense`` that are left after all cuts.
+
+    Names are ``whole_name``s. Channels between the factors of a layer are nobody's in ``dense``.
+    """
+    modules = {whole_name(name): module for name, module in dense.named_modules()}
     kept: dict[str, list[int]] = {}
     for edit in edits:
         for name, gone in edit.get("removed", {}).items():
-            conv = modules[name]
+            name, conv = whole_name(name), modules.get(whole_name(name))
+            if conv is None:
+                continue
             assert isinstance(conv, nn.Conv2d)
             rows, lost = kept.get(name, list(range(conv.out_channels))), set(gone)
             kept[name] = [row for i, row in enumerate(rows) if i not in lost]

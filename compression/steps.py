@@ -10,82 +10,28 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..models.dataset import load_image
 from ..models.detector import OnnxDetector
 from ..models.errors import OutputError, RecipeError
 from ..models.graph import load_model
-from .compensate import refit
-from .cut import chosen_groups, cut
 from .data import photo_labels
 from .export import TorchDetector, export_detector, set_metadata
-from .groups import find_groups
-from .importance import collect_stats
 from .levels import layout_of
+from .lowrank_step import run_factorise
 from .onnx_io import save_model
-from .photos import PhotoStream, calibration_batches
-from .prune import conv_costs, count_macs, plan_pruning
+from .photos import PhotoStream
+from .prune_step import run_prune
 from .quantize import QuantizeConfig, quantize
-from .settings import DistillStep, PruneStep, QuantizeStep, VerifyStep
+from .settings import DistillStep, QuantizeStep, VerifyStep
 from .slim import shorten_names
 from .sparse_step import run_sparsify
 from .state import NET_KEY, State, StepReport, rows_kept
 from .train import TrainConfig, train
 from .verify import Subject, verify
 
-REFIT_PHOTOS_MAX = 320
-"""What two networks compute on so many photos is held in memory: some GB."""
-REFIT_RIDGE = 0.1
 EXPORT_PHOTOS = 3
-
-
-def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
-    """Removes the channels that matter least, and refits what is left.
-
-    ``macs_ratio`` counts from the original at its own input size, so a smaller ``data.input_hw``
-    already is a part of the saving.
-
-    Raises:
-        RecipeError: The ratio cannot be reached, or the network's head is not known to pruning.
-    """
-    start = time.monotonic()
-    job, net, example = state.job, state.net, state.example
-    whole = count_macs(state.teacher, torch.zeros(1, 3, *state.teacher_spec.input_hw))
-    channels = find_groups(net, example)
-    costs = conv_costs(net, example)
-    now = sum(cost.macs for cost in costs.values())
-    figures: dict[str, Any] = {
-        "macs_original": whole,
-        "macs_before": now,
-        "macs_goal": round(config.macs_ratio * whole),
-    }
-    notes = [f"left alone: {count} channels at {why}" for why, count in channels.frozen.items()]
-    ratio = config.macs_ratio * whole / now
-    if ratio >= 1:
-        notes.insert(0, "nothing to cut: the network is already within the budget")
-        figures["macs_after"] = now
-        return state, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
-    batches = calibration_batches(job.photos.train_paths, state.spec, config.photos)
-    try:
-        stats = collect_stats(net, _bar(batches, "what matters", job.progress), job.seed)
-        plan = plan_pruning(channels, stats, costs, ratio, config.align, config.keep_min)
-        small = cut(net, channels, chosen_groups(channels, plan.removed))
-    except ValueError as error:
-        message = (
-            f"prune.macs_ratio: {config.macs_ratio} of the original's {whole / 1e6:.0f} M "
-            f"multiply-accumulates cannot be had with keep_min {config.keep_min} and align "
-            f"{config.align} ({error}); raise it, or lower those"
-        )
-        raise RecipeError(message) from error
-    changed = state.changed(small.eval(), {"kind": "cut", "removed": plan.removed})  # type: ignore[arg-type]
-    rows = rows_kept(state.teacher, changed.edits)
-    few = batches[: max(1, REFIT_PHOTOS_MAX // len(batches[0]))]
-    refit(changed.net, state.teacher, rows, few, ridge=REFIT_RIDGE, progress=job.progress)
-    figures["macs_after"] = count_macs(changed.net, example)
-    figures["layers"] = {name: list(pair) for name, pair in plan.kept.items()}
-    return changed, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
 
 
 def run_distill(state: State, config: DistillStep) -> tuple[State, StepReport]:
@@ -182,14 +128,18 @@ def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
         TorchDetector(state.net, state.spec),
         job.core,
     )
+    photos = job.photos
+    count = min(config.train_photos, config.photos_max, len(photos.check))
+    apart = photos.check_kind != "same photos"  # else there is nothing to set side by side
     figures = verify(
         subject,
-        job.photos.check.limit(config.photos_max),
-        job.photos.check_kind,
+        photos.check.limit(config.photos_max),
+        photos.check_kind,
         resamples=config.resamples,
         latency_rounds=config.latency_rounds,
         seed=job.seed,
         progress=job.progress,
+        train=photos.train_sample(count) if apart and count else None,
     )
     notes = tuple(figures.pop("notes"))
     return state, StepReport("verify", time.monotonic() - start, figures, notes)
@@ -197,6 +147,7 @@ def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
 
 StepFunction = Callable[[State, Any], tuple[State, StepReport]]
 STEPS: Final[dict[str, StepFunction]] = {
+    "factorise": run_factorise,
     "prune": run_prune,
     "sparsify": run_sparsify,
     "distill": run_distill,
@@ -219,11 +170,6 @@ def sample(state: State) -> list[Any]:
     """Returns a few photos to compare torch and ONNX Runtime on."""
     photos: Iterable[Path] = state.job.photos.train_paths[:EXPORT_PHOTOS]
     return [load_image(path) for path in photos]
-
-
-def _bar(batches: list[Tensor], title: str, progress: bool) -> Iterable[Tensor]:
-    bar: Iterable[Tensor] = tqdm(batches, desc=title, unit="batch", disable=not progress)
-    return bar
 
 
 def _progress(shown: bool) -> Callable[..., Any]:
