@@ -331,7 +331,8 @@ def _through_quantizers(links: Links, name: str) -> str:
 
 def _counted(traced: Traced) -> tuple[list[Any], list[Any]]:
     """Returns the nodes that can be counted, and all others."""
-    counted, left = [], []
+    counted: list[Any] = []
+    left: list[Any] = []
     for node in traced.model.graph.node:
         needed: tuple[str, ...] = ()
         if node.op_type in LAYER_OPS and node.output[0] not in traced.sources:
