@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": (".device_app.command", "run a detector live: camera, video, photos or the samples"),
     "eval": (".deploy.evaluate", "measure a model's AP on a labelled folder, with intervals"),
     "compress": (".compression.command", "make a detector small: prune, distil, quantize, verify"),
+    "analyse": (".compression.analyse_command", "where the fat is: cost, redundancy, sensitivity"),
     "inspect": (".deploy.inspect", "parameters, MACs, size, and what really runs as integers"),
     "bench": (".device_app.bench", "time every stage, and the pipeline against the bare network"),
     "fetch": (".deploy.fetch", "download a known detector, checked by its SHA-256"),

@@ -21,27 +21,29 @@ ROOMY = 0.25
 HARMLESS = {"points of AP": 0.1, "% of disagreement": 1.0}
 """A change that costs no more than this is called harmless."""
 DEFINITIONS = {
-    "effective_rank": (
-        "column rank: dimensions that a layer's own output uses: exp of Shannon's entropy of the eigenvalues of "
-        "its channels' covariance over all pixels of the photos, divided by their sum (Roy and "
-        "Vetterli, 2007)"
-    ),
+    "activation_bytes": "column out kB: of a layer's output, 1 byte per number behind a quantizer",
     "weight_entropy_bits": (
-        "column w bits: bits per weight of the histogram of the 8-bit codes, one scale per output channel"
+        "column w bits: bits per weight of the histogram of the 8-bit codes, with one scale per "
+        "output channel"
     ),
     "activation_entropy_bits": (
-        "column a bits: bits per value of a histogram of 256 bins over the values' range, behind the activation"
+        "column a bits: bits per value of a histogram of 256 bins over the values' range, behind "
+        "the activation"
     ),
+    "effective_rank": (
+        "column rank: dimensions that a layer's own output uses: exp of Shannon's entropy of the "
+        "eigenvalues of its channels' covariance over all pixels of the photos, divided by their "
+        "sum (Roy and Vetterli, 2007)"
+    ),
+    "dead_channels": "column dead: output channels that are the same everywhere in all photos",
     "weight_rank": (
         f"singular values of the weight matrix that hold {100 * ENERGY:.0f} % of its energy"
     ),
-    "dead_channels": "column dead: output channels that are the same everywhere in all photos",
     "prune": (
         f"the {100 * PRUNED_PART:.0f} % of its output channels with the smallest weights set to 0"
     ),
     "factorise": f"its weight matrix at {100 * RANK_PART:.0f} % of weight_rank by SVD",
     "quantize": "its weights (a scale per output channel) and its output in 8 bits",
-    "activation_bytes": "column out kB: of outputs, 1 byte per number behind a quantizer",
 }
 
 Row = dict[str, Any]
