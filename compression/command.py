@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from ..models.errors import DatasetError, InputError, MissingExtraError, OutputError, RecipeError
 from ..models.heads import HEADS
 from ..models.zoo import model_path, shipped_float
+from .search_command import add_search_arguments, given, option, recipe_of
 
 if TYPE_CHECKING:
+    from .pipeline import RunResult
     from .recipe import Recipe
 
 DESCRIPTION = (
-    "Makes a detector small: a recipe of steps (prune, distil, quantize, verify) on photos.\n"
+    "Makes a detector small: a recipe of steps (prune, distil, quantize, verify) on photos, or a\n"
+    "target, for which it finds the steps.\n"
     "Without a recipe and options it demonstrates itself on the shipped float detector and the\n"
     "sample photos, in ./runs/demo."
 )
@@ -37,7 +40,12 @@ DEMO_STEPS: list[dict[str, Any]] = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("recipe", nargs="?", type=Path, help="TOML file that names model and steps")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=Path,
+        help="TOML file that names model and steps; with a target: MODEL.onnx",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -53,16 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="turn an ONNX detector into INT8 (shipped-float: the package's own)",
     )
     parser.add_argument(
-        "--photos", type=Path, metavar="DIR", help="photos for --quantize-only (no boxes needed)"
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="photos for --quantize-only or a target (no boxes needed)",
     )
     parser.add_argument(
-        "--eval", type=Path, metavar="DIR", help="labelled photos for --quantize-only: AP"
+        "--eval",
+        type=Path,
+        metavar="DIR",
+        help="labelled photos for --quantize-only or a target: AP, and nothing else",
     )
     parser.add_argument("--head", choices=sorted(HEADS), help="head of MODEL if it is not clear")
     parser.add_argument(
         "--target",
         choices=("cortex-a76", "cortex-a72", "x86-64"),
-        help="core that --quantize-only is for (default cortex-a76)",
+        help="core that --quantize-only or a target is for (default cortex-a76)",
     )
     parser.add_argument(
         "--refine",
@@ -70,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="photo passes of training after --quantize-only, say 1600 (default 0: none)",
     )
+    add_search_arguments(parser)
 
 
 def _natural(text: str) -> int:
@@ -83,7 +98,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Returns:
-        0 done, 1 the exported file does not see what the network sees, 130 interrupted.
+        0 done, 1 the exported file does not see what the network sees or the target is not met,
+        130 interrupted.
     """
     _check(args)
     require_extras()
@@ -103,6 +119,10 @@ def main(args: argparse.Namespace) -> int:
         raise OutputError(message) from error
     if args.json:
         print(json.dumps(report))
+    elif "search" in report:
+        from .search_command import search_summary
+
+        print(search_summary(report))
     else:
         print(summary(report))
     return 0 if report["passed"] else 1
@@ -129,7 +149,15 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("photos", "eval", "head", "target", "refine")
         if getattr(args, name) is not None
     }
-    if args.quantize_only is None and only:
+    if given(args):
+        wrong = ["--quantize-only"] if args.quantize_only is not None else []
+        wrong += ["--refine"] if args.refine is not None else []
+        if wrong:
+            message = (
+                f"expected {option(next(iter(given(args))))} without {wrong[0]}; leave one out"
+            )
+            raise InputError(message)
+    elif args.quantize_only is None and only:
         names = ", ".join(f"--{name}" for name in only)
         message = f"expected {names} with --quantize-only MODEL; a recipe says them itself"
         raise InputError(message)
@@ -144,15 +172,27 @@ def _check(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     from .pipeline import run_recipe
     from .recipe import read_recipe
-    from .report import example_pictures, report_of, write_report
 
-    recipe = demo_recipe() if args.recipe is None else read_recipe(args.recipe)
+    if given(args):
+        recipe = recipe_of(args)
+    else:
+        recipe = demo_recipe() if args.recipe is None else read_recipe(args.recipe)
     if args.out is not None:
         recipe = recipe.model_copy(update={"out": args.out.absolute()})
     if recipe.out.exists() and not recipe.out.is_dir():
         message = f"{recipe.out}: expected a folder for the results, found a file; name another"
         raise RecipeError(message)
-    result = run_recipe(recipe, restart=args.restart, progress=not args.quiet)
+    if recipe.search is not None:
+        from .search_command import run_search
+
+        return run_search(recipe, restart=args.restart, progress=not args.quiet)
+    return report_run(run_recipe(recipe, restart=args.restart, progress=not args.quiet), recipe)
+
+
+def report_run(result: RunResult, recipe: Recipe) -> dict[str, Any]:
+    """Writes the report of a run, and returns it."""
+    from .report import example_pictures, report_of, write_report
+
     report = report_of(result, _shown(recipe))
     check = result.state.job.photos.check
     pictures = example_pictures(result.state.original, result.final, check)
@@ -222,6 +262,8 @@ def _beside(model: Path) -> Path:
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
+    if given(args):
+        return "finished trials are stored; the same command goes on"
     if args.quantize_only is not None:
         return "nothing was written; run the same command again"
     name = "" if args.recipe is None else f" {args.recipe}"

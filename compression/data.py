@@ -46,6 +46,10 @@ class PhotoSet:
         """Files of all training photos, in a fixed order."""
         return [photo.path for data in self.train for photo in data.photos]
 
+    def train_sample(self, count: int) -> Dataset:
+        """Returns ``count`` photos that are learned from; of those with boxes if there are any."""
+        return _joined(self.train).limit(count)
+
 
 def open_photos(
     folders: Sequence[Path], eval_folder: Path | None = None, hold_out: int | None = None
@@ -75,7 +79,7 @@ def open_photos(
     if eval_folder is not None:
         check, kind = open_dataset(eval_folder), "eval"
         check.labels()
-        _refuse_overlap(train, check)
+        refuse_overlap(train, check)
     elif held := [
         h for d, parts in zip(opened, parted, strict=True) if parts and (h := _held(d, hold_out))
     ]:
@@ -105,7 +109,8 @@ def _joined(parts: Sequence[Dataset]) -> Dataset:
     return Dataset(" + ".join(p.name for p in parts), photos)
 
 
-def _refuse_overlap(train: Sequence[Dataset], check: Dataset) -> None:
+def refuse_overlap(train: Sequence[Dataset], check: Dataset) -> None:
+    """Raises ``DatasetError`` if a photo to measure on is also one to learn from."""
     learned = {photo.path.resolve() for data in train for photo in data.photos}
     both = [photo.path for photo in check.photos if photo.path.resolve() in learned]
     if both:

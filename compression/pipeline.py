@@ -47,7 +47,7 @@ FINAL_FILE = "model.onnx"
 FLOAT_FILE = "model_float.onnx"
 STEPS_FOLDER = "steps"
 MEASURE_FILE = "measure.json"
-NOT_IN_KEY = ("save_s",)
+NOT_IN_KEY = ("save_s", "device")
 """Settings that do not change a result."""
 
 
@@ -205,7 +205,7 @@ def first_state(job: Job, entered: Entered, input_hw: tuple[int, int] | None) ->
     )
     mark = path.with_suffix(".json")
     wanted = {"digest": entered.digest, "spec": entered.spec.to_json(), "version": __version__}
-    if not (path.is_file() and _json(mark) == wanted):
+    if not (path.is_file() and read_json(mark) == wanted):
         as_entered = replace(state, spec=entered.spec)
         text = as_entered.description()
         export_detector(entered.net, entered.spec, path, sample(state), text)
@@ -218,12 +218,9 @@ def step_key(
 ) -> str:
     """Returns what tells a step's result from any other: all that has gone into it."""
     steps = recipe.steps[: index + 1]
-    settings = [
-        {k: v for k, v in step.model_dump(mode="json").items() if k not in NOT_IN_KEY}
-        for step in steps
-    ]
+    settings = [_told(step) for step in steps]
     kinds = {step.kind for step in steps}
-    return _digest(
+    return digest_of(
         STATE_VERSION,
         __version__,
         entered.digest,
@@ -235,6 +232,14 @@ def step_key(
         recipe.target.core if kinds & {"quantize", "verify"} else "",
         check_print if "verify" in kinds else "",
     )
+
+
+def _told(step: Step) -> dict[str, Any]:
+    """Returns what a step is told: of files what they hold, not where they lie."""
+    told = {k: v for k, v in step.model_dump(mode="json").items() if k not in NOT_IN_KEY}
+    if isinstance(step, DistillStep):
+        told["teacher"] = [sha256(t) if isinstance(t, Path) else t for t in step.teacher]
+    return told
 
 
 class Ruler:
@@ -251,14 +256,14 @@ class Ruler:
         self.data: Dataset | None = data.limit(count) if count else None
         self.original = state.original
         self.progress = state.job.progress
-        self.key = _digest(data_print, count, self.original.read_bytes())
+        self.key = digest_of(data_print, count, self.original.read_bytes())
         self._before: list[Detections] | None = None
 
     def measure(self, state: State, cache: Path | None) -> dict[str, Any] | None:
         """Returns the score of a state; from ``cache`` if it was measured before."""
         if self.data is None:
             return None
-        stored = _json(cache) if cache is not None else None
+        stored = read_json(cache) if cache is not None else None
         if isinstance(stored, dict) and stored.get("key") == self.key:
             found: dict[str, Any] = stored["score"]
             return found
@@ -324,14 +329,16 @@ def finished_steps(folder: Path) -> int:
     return len(list((folder / STEPS_FOLDER).glob(f"*/{STATE_FILE}")))
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds; None if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def _digest(*parts: Any) -> str:
+def digest_of(*parts: Any) -> str:
+    """Returns the SHA-256 over values that JSON knows, and bytes."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()

@@ -173,6 +173,8 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.insert(0, ("AP", text, f"lost {loss_text(after)}"))
     agreement = verified["agreement"]
     rows.insert(1, ("agreement with the original (F1)", score_text(agreement) + " %", ""))
+    if verified.get("generalisation"):
+        rows.append(generalisation_row(verified["generalisation"]))
     if verified["latency"]:
         times = verified["latency"]
         text = f"{times['before_ms']:.2f} -> {times['after_ms']:.2f} ms"
@@ -181,6 +183,21 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         share = f"{100 * verified['integer']['share']:.1f} %"
         rows.append(("convolutions in integers", share, verified["integer"]["note"] or ""))
     return rows
+
+
+def generalisation_row(found: dict[str, Any]) -> tuple[str, str, str]:
+    """Returns how much better a model does on photos it has learned from, before and after."""
+    kind = "AP" if found["kind"] == "ap" else "agreement"
+    train, others, gap = found["train"], found["others"], found["gap"]
+    values = [
+        f"{percent_text(train[k]['value'])} / {percent_text(others[k]['value'])}"
+        for k in ("before", "after")
+    ]
+    known = None not in gap.values()
+    remark = f"of {train['after']['photos']} / {others['after']['photos']} photos"
+    if known:
+        remark += f"; gap {gap['before']:+.1f} -> {gap['after']:+.1f} points"
+    return (f"{kind} on training / other photos", f"{values[0]} -> {values[1]}", remark)
 
 
 def _part(first: dict[str, Any], last: dict[str, Any], key: str) -> str:

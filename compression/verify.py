@@ -54,6 +54,7 @@ def verify(
     latency_rounds: int = 60,
     seed: int = 0,
     progress: bool = True,
+    train: Dataset | None = None,
 ) -> dict[str, Any]:
     """Compares a compressed detector with what it was made from.
 
@@ -65,6 +66,7 @@ def verify(
         latency_rounds: Alternating runs; 0: not timed.
         seed: Of the bootstrap.
         progress: Show bars.
+        train: Photos that were learned from, to see whether the result does as well on others.
 
     Returns:
         JSON-ready figures; ``passed`` says whether the files see what torch sees.
@@ -96,6 +98,7 @@ def verify(
         "before": score(before, before, classes, data, resamples, seed).to_json(),
         "after": score(after, before, classes, data, resamples, seed).to_json(),
         "agreement": _agreement(after, before, data),
+        "generalisation": None,
         "size": {
             "before": _size(subject.original),
             "after": _size(subject.final),
@@ -105,9 +108,44 @@ def verify(
         "latency": latency(original, final, data, latency_rounds),
         "cores": costs_by_core(subject.core),
     }
+    if train is not None and (train.truths is None) == (data.truths is None):
+        seen = [
+            run_detector(one, train, progress=progress, title=f"{title}, training photos")[0]
+            for one, title in ((original, "before"), (final, "after"))
+        ]
+        result["generalisation"] = generalisation(
+            [score(one, seen[0], classes, train, resamples, seed).to_json() for one in seen],
+            [result["before"], result["after"]],
+        )
     result["passed"] = all(pair.same for pair in pairs.values())
     result["notes"] = _notes(result)
     return result
+
+
+def generalisation(
+    train: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns accuracy on photos learned from beside accuracy on others, before and after.
+
+    Args:
+        train: ``measure.Score`` as JSON of the original and of the result on photos learned from.
+        others: The same on photos not learned from.
+
+    Returns:
+        JSON-ready; ``gap`` is how many points more a model has on ``train``. AP depends on how many
+        photos it is of, so compare gaps, and the gaps of models that met the same photos.
+    """
+    keys = ("before", "after")
+    gaps = [
+        None if a["value"] is None or b["value"] is None else a["value"] - b["value"]
+        for a, b in zip(train, others, strict=True)
+    ]
+    return {
+        "kind": train[0]["kind"],
+        "train": dict(zip(keys, train, strict=True)),
+        "others": dict(zip(keys, others, strict=True)),
+        "gap": dict(zip(keys, gaps, strict=True)),
+    }
 
 
 def _agreement(
