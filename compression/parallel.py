@@ -8,9 +8,11 @@ batch. Alone, everything here does nothing.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,7 @@ def start() -> None:
             f"{' '.join(str(error).split())[:160]}; start them with torchrun"
         )
         raise RecipeError(message) from error
+    atexit.register(stop)
 
 
 def stop() -> None:
@@ -65,6 +68,16 @@ def is_first() -> bool:
 def meet() -> None:
     """Waits until every process is here."""
     total(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process does the block alone; then the others do, and find what it has written."""
+    if not is_first():
+        meet()
+    yield
+    if is_first():
+        meet()
 
 
 def device(wanted: str = "auto") -> torch.device:

@@ -21,15 +21,18 @@ from ..models.detections import Detections
 from ..models.detector import OnnxDetector
 from ..models.errors import RecipeError
 from ..models.evaluate import Detector, run_detector
-from ..models.files import atomic_path, write_json
+from ..models.files import atomic_path, sha256, write_json
 from ..models.graph import load_model
+from . import parallel
 from .data import open_photos
+from .distill_step import check_teachers
 from .export import TorchDetector, export_detector
 from .foreign import ForeignNet
 from .measure import score
 from .onnx_io import save_model
 from .prune import count_macs
 from .recipe import Recipe
+from .settings import DistillStep, Step
 from .source import Entered, enter
 from .state import (
     STATE_FILE,
@@ -47,6 +50,8 @@ FINAL_FILE = "model.onnx"
 FLOAT_FILE = "model_float.onnx"
 STEPS_FOLDER = "steps"
 MEASURE_FILE = "measure.json"
+SHARED = ("distill",)
+"""Steps that several processes share; the others are the first one's."""
 NOT_IN_KEY = ("save_s", "device")
 """Settings that do not change a result."""
 
@@ -106,7 +111,7 @@ def run_recipe(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> RunResult:
-    """Carries out a recipe.
+    """Carries out a recipe; together with the other processes that ``torchrun`` has started.
 
     Args:
         recipe: With absolute paths, as ``read_recipe`` returns it.
@@ -117,13 +122,17 @@ def run_recipe(
     Raises:
         EdgeSightError: Something that the recipe names is wrong; finished steps stay stored.
     """
+    parallel.start()
     say = say or (lambda line: print(line, file=sys.stderr))
+    if not parallel.is_first():
+        progress, say = False, lambda line: None
     start = time.monotonic()
     torch.set_flush_denormal(True)  # pruning sets it: a run resumed behind it must compute alike
     photos = open_photos(recipe.data.photos, recipe.data.eval, recipe.data.hold_out)
     where = " (the same ones)" if photos.check_kind == "same photos" else ""
     say(f"{len(photos.train_paths)} photos to learn from, {len(photos.check)} to measure on{where}")
     entered = enter(recipe.model, recipe.seed)
+    check_teachers(recipe.steps, entered.spec)
     job = Job(
         recipe.out,
         photos,
@@ -132,20 +141,23 @@ def run_recipe(
         progress,
         recipe.data.step_photos,
     )
-    state = first_state(job, entered, recipe.data.input_hw)
+    with parallel.first_alone():
+        state = first_state(job, entered, recipe.data.input_hw)
     ruler = Ruler(state, photos.check, photos.check_print, job.step_photos)
-    rows = [_row("original", state, ruler.measure(state, None))]
+    before = ruler.measure(state, None) if parallel.is_first() else None
+    rows = [_row("original", state, before)]
     for index, settings in enumerate(recipe.steps):
         key = step_key(recipe, index, entered, photos.train_print, photos.check_print)
         title = f"{index + 1} {settings.kind}"
         folder = recipe.out / STEPS_FOLDER / f"{index + 1}-{settings.kind}-{key[:10]}"
-        if restart and folder.exists():
-            shutil.rmtree(folder)
+        with parallel.first_alone():
+            if restart and folder.exists() and parallel.is_first():
+                shutil.rmtree(folder)
         inside = replace(state, job=replace(job, step_folder=folder))
         told = f"step {index + 1} of {len(recipe.steps)}: {settings.kind}"
         state, report, resumed = run_step(inside, settings, key, told, say)
         measured = None
-        if settings.kind != "verify":
+        if settings.kind != "verify" and parallel.is_first():
             measured = ruler.measure(state, folder / MEASURE_FILE)
         rows.append(_row(title, state, measured, report, resumed))
     return _finish(replace(state, job=job), rows, recipe.name, start)
@@ -167,16 +179,23 @@ def run_step(
         The state after the step, what the step reports, and whether it had been done before.
     """
     folder = state.job.step_folder
-    if (done := load_state(folder, key, state)) is not None:
+    done = load_state(folder, key, state)
+    parallel.meet()  # all have looked before the first one writes
+    if done is not None:
         say(f"{title}, done before")
         return *done, True
     say(title)
-    made, report = STEPS[settings.kind](state, settings)
-    save_state(folder, key, made, report)
+    if parallel.is_first():
+        made, report = STEPS[settings.kind](state, settings)
+        save_state(folder, key, made, report)
+    elif settings.kind in SHARED:
+        STEPS[settings.kind](state, settings)
+    parallel.meet()
     done = load_state(folder, key, state)  # so that a resumed run sees the very same
     assert done is not None, "a step that was just stored can be read"
-    with contextlib.suppress(OSError):
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if parallel.is_first():
+        with contextlib.suppress(OSError):
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
     return *done, False
 
 
@@ -304,11 +323,13 @@ def _row(
 
 def _finish(state: State, rows: list[StepRow], name: str | None, start: float) -> RunResult:
     folder = state.job.folder
+    final, float_file = folder / FINAL_FILE, folder / FLOAT_FILE
+    if not parallel.is_first():
+        return RunResult(state, tuple(rows), final, float_file, time.monotonic() - start)
     if state.model is None:
         last = replace(state.job, step_folder=folder / STEPS_FOLDER)
         state = with_file(replace(state, job=last))
     assert state.model is not None
-    final, float_file = folder / FINAL_FILE, folder / FLOAT_FILE
     _copy(state.float_model or state.model, float_file, name)
     _copy(state.model, final, name)
     return RunResult(state, tuple(rows), final, float_file, time.monotonic() - start)

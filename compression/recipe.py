@@ -46,7 +46,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ..models.errors import RecipeError
 from ..models.spec import COLORS, RESIZES
-from .settings import STEP_KINDS, PruneStep, Step, Strict
+from .settings import STEP_KINDS, DistillStep, PruneStep, Step, Strict, TermWeights
 from .targets import Search, Side
 
 if sys.version_info >= (3, 11):
@@ -228,7 +228,12 @@ def make_recipe(values: Mapping[str, Any], base: Path, name: str = "recipe") -> 
     if isinstance(model, ModelSource):
         paths = {k: base / v for k in ("file", "weights") if (v := getattr(model, k)) is not None}
         model = model.model_copy(update=paths)
-    return recipe.model_copy(update={"out": base / recipe.out, "data": data, "model": model})
+    steps = tuple(
+        step.with_teachers(lambda file: base / file) if isinstance(step, DistillStep) else step
+        for step in recipe.steps
+    )
+    changes = {"out": base / recipe.out, "data": data, "model": model, "steps": steps}
+    return recipe.model_copy(update=changes)
 
 
 def _explain(error: ValidationError) -> str:
@@ -270,6 +275,7 @@ def _unknown_key(loc: Sequence[int | str]) -> str:
         "data": Data,
         "target": Target,
         "search": Search,
+        "weights": TermWeights,
         **STEP_KINDS,
     }
     for part in loc[:-1]:

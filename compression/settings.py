@@ -8,7 +8,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 """Of a network's input, in pixels."""
 
@@ -122,7 +121,7 @@ class DistillStep(Strict):
     teacher_hw: tuple[Side, Side] | None = None
     temperature: float = Field(1.0, gt=0, le=20)
     mosaic: float = Field(0.0, ge=0, le=1)
-    weights: TermWeights = TermWeights()
+    weights: TermWeights = TermWeights.model_validate({})
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @field_validator("teacher", mode="before")
@@ -286,10 +285,10 @@ Step = Annotated[
     Field(discriminator="kind"),
 ]
 STEP_KINDS: Final[dict[str, type[Strict]]] = {
-    "factorise": FactoriseStep,
     "prune": PruneStep,
     "sparsify": SparsifyStep,
     "distill": DistillStep,
+    "factorise": FactoriseStep,
     "quantize": QuantizeStep,
     "verify": VerifyStep,
 }

@@ -2,89 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from tqdm import tqdm
 
 from ..models.dataset import load_image
 from ..models.detector import OnnxDetector
-from ..models.errors import OutputError, RecipeError
 from ..models.graph import load_model
-from .data import photo_labels
+from .distill_step import run_distill
 from .export import TorchDetector, export_detector, set_metadata
-from .levels import layout_of
 from .lowrank_step import run_factorise
 from .onnx_io import save_model
-from .photos import PhotoStream
 from .prune_step import run_prune
 from .quantize import QuantizeConfig, quantize
-from .settings import DistillStep, QuantizeStep, VerifyStep
+from .settings import QuantizeStep, VerifyStep
 from .slim import shorten_names
 from .sparse_step import run_sparsify
-from .state import NET_KEY, State, StepReport, rows_kept
-from .train import TrainConfig, train
+from .state import NET_KEY, State, StepReport
 from .verify import Subject, verify
 
 EXPORT_PHOTOS = 3
-
-
-def run_distill(state: State, config: DistillStep) -> tuple[State, StepReport]:
-    """Trains the network towards the uncut one; goes on from its checkpoint if there is one."""
-    start = time.monotonic()
-    job = state.job
-    labels, notes = None, []
-    try:
-        learns_boxes = layout_of(state.net).learns_boxes
-    except ValueError as error:  # a head that the losses do not know
-        message = f"distill: {error}; leave the step out"
-        raise RecipeError(message) from error
-    if config.labels == "auto" and not learns_boxes:
-        notes.append("labels not used: how this network's maps hold its boxes is not known")
-    elif config.labels == "auto":
-        teacher = OnnxDetector(state.original)
-        labels = photo_labels(job.photos, state.spec.classes, teacher, job.progress)
-    paths = job.photos.train_paths
-    stream = PhotoStream(paths, state.spec, config.batch, job.seed, labels)
-    settings = TrainConfig(
-        photos=config.photos,
-        batch=config.batch,
-        rate=config.rate,
-        warmup=config.warmup,
-        ema=config.ema,
-        seed=job.seed,
-        save_s=config.save_s,
-        mixed=config.mixed,
-    )
-    try:
-        trained = train(
-            copy.deepcopy(state.net),
-            state.teacher,
-            stream,
-            settings,
-            job.step_folder / "checkpoint.pt",
-            rows_kept(state.teacher, state.edits),
-            progress=job.progress,
-        )
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        message = f"cannot write {job.step_folder}: disk full?; free space or choose another place"
-        raise OutputError(message) from error
-    people = sum(len(d) for d in job.photos.train if d.truths is not None) if labels else 0
-    figures = {
-        "photos": len(paths),
-        "photo_passes": config.photos,
-        "photos_labelled": people,
-        "threads": torch.get_num_threads(),
-    }
-    done = StepReport("distill", time.monotonic() - start, figures, tuple(notes))
-    return state.changed(trained.eval()), done
 
 
 def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]:
@@ -147,10 +88,10 @@ def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
 
 StepFunction = Callable[[State, Any], tuple[State, StepReport]]
 STEPS: Final[dict[str, StepFunction]] = {
-    "factorise": run_factorise,
     "prune": run_prune,
     "sparsify": run_sparsify,
     "distill": run_distill,
+    "factorise": run_factorise,
     "quantize": run_quantize,
     "verify": run_verify,
 }

@@ -281,12 +281,13 @@ class FusedDetector:
 
     Args:
         members: Detectors, and their classes as the student's numbers (-1: none).
-        classes: How many classes the student has.
+        spec: The student's; of the classes.
     """
 
-    def __init__(self, members: Sequence[tuple[OnnxDetector, IntArray]], classes: int) -> None:
+    def __init__(self, members: Sequence[tuple[OnnxDetector, IntArray]], spec: ModelSpec) -> None:
+        self.spec = spec
         self._members = members
-        self._voters = voters([table for _, table in members], classes)
+        self._voters = voters([table for _, table in members], len(spec.classes))
 
     def __call__(self, image: Image, score_min: float = 0.05, limit: int = 100) -> Detections:
         """Detects in one BGR picture, uint8 ``(height, width, 3)``."""
