@@ -117,6 +117,8 @@ def main(args: argparse.Namespace) -> int:
             f"{_how_to_go_on(args)}"
         )
         raise OutputError(message) from error
+    if not report:  # another process of several reports
+        return 0
     if args.json:
         print(json.dumps(report))
     elif "search" in report:
@@ -170,6 +172,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    from . import parallel
     from .pipeline import run_recipe
     from .recipe import read_recipe
 
@@ -186,7 +189,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
         from .search_command import run_search
 
         return run_search(recipe, restart=args.restart, progress=not args.quiet)
-    return report_run(run_recipe(recipe, restart=args.restart, progress=not args.quiet), recipe)
+    result = run_recipe(recipe, restart=args.restart, progress=not args.quiet)
+    return report_run(result, recipe) if parallel.is_first() else {}
 
 
 def report_run(result: RunResult, recipe: Recipe) -> dict[str, Any]:
@@ -228,6 +232,9 @@ def _shown(recipe: Recipe) -> dict[str, Any]:
     data["photos"] = [Path(folder).name for folder in data["photos"]]
     if "eval" in data:
         data["eval"] = Path(data["eval"]).name
+    for step in values["steps"]:
+        if "teacher" in step:
+            step["teacher"] = [Path(teacher).name for teacher in step["teacher"]]
     if isinstance(values["model"], dict):
         for key in ("file", "weights"):
             if key in values["model"]:
