@@ -243,7 +243,7 @@ def price(factors: Sequence[Factor], sizes: Sequence[tuple[int, int]], cost_of: 
     total = 0.0
     for f, count in zip(factors, cells, strict=True):
         inputs = f.inputs // f.groups
-        shape = ConvCost(f.outputs, inputs, f.kernel[0] * f.kernel[1], count, f.groups)
+        shape = ConvCost(f.outputs, inputs, count, f.kernel, f.groups)
         total += cost_of(shape, inputs, f.outputs)
     return total
 

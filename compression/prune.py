@@ -1,12 +1,13 @@
 """Structured pruning: which channels go, within a budget, at counts that a core is fast with.
 
 Layers go down in steps, from one count that is allowed to the next lower one, and each step is
-judged by what it really saves there. That is no constant slope on a processor: a depthwise
-convolution of 56 channels takes two fifths of the instructions of one of 58.
+judged by what it really saves there. That is no constant slope on a processor: an 8-bit depthwise
+convolution of 58 channels takes several times the instructions of one of 56.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..models.core_costs import conv_instructions
 from .criteria import Harm, Key, layers
 from .cut import removed_channels
 from .groups import ChannelMap
@@ -29,16 +31,23 @@ class ConvCost:
     Attributes:
         outputs: Output channels.
         inputs: Input channels that one output channel reads.
-        taps: Cells that it reads of each.
         cells: Output cells per picture, of all its calls.
+        kernel: Height and width.
         groups: Of the convolution; more than 1 means depthwise.
+        stride: The larger of both.
     """
 
     outputs: int
     inputs: int
-    taps: int
     cells: int
+    kernel: tuple[int, int] = (1, 1)
     groups: int = 1
+    stride: int = 1
+
+    @property
+    def taps(self) -> int:
+        """Cells that it reads of each input channel."""
+        return self.kernel[0] * self.kernel[1]
 
     @property
     def macs(self) -> int:
@@ -51,10 +60,10 @@ def conv_costs(net: nn.Module, example: Tensor) -> dict[str, ConvCost]:
     costs: dict[str, ConvCost] = {}
 
     def note(name: str, conv: nn.Conv2d, y: Tensor) -> None:
-        taps = conv.weight.shape[2] * conv.weight.shape[3]
         inputs = conv.in_channels // conv.groups
-        cells = y.shape[2] * y.shape[3] * (1 + costs[name].cells if name in costs else 1)
-        costs[name] = ConvCost(conv.out_channels, inputs, taps, cells, conv.groups)
+        cells = y.shape[2] * y.shape[3] + (costs[name].cells if name in costs else 0)
+        kernel, stride = tuple(conv.weight.shape[2:]), max(conv.stride)
+        costs[name] = ConvCost(conv.out_channels, inputs, cells, kernel, conv.groups, stride)
 
     handles = [
         m.register_forward_hook(lambda m, i, o, name=n: note(name, m, o))
@@ -82,23 +91,24 @@ def macs_of(layer: ConvCost, inputs: int, outputs: int) -> float:
     return outputs * inputs * layer.taps * layer.cells
 
 
-def a76_of(layer: ConvCost, inputs: int, outputs: int) -> float:
-    """Returns instructions of an 8-bit convolution on a Cortex-A76 in ONNX Runtime.
+def instructions_on(core: str, kind: str) -> CostOf:
+    """Returns a function that tells the instructions of a layer (``models.core_costs``)."""
 
-    Counted under emulation: outputs are made 16 at a time, inputs are read 16 at a time, and
-    depthwise kernels are slow where the channels are no multiple of 8 or 16.
-    """
-    if layer.groups > 1:
-        place = 0 if outputs % 16 == 0 else 1 if outputs % 8 == 0 else 2
-        small, large = (6.8, 8.6, 20.0)[place], (16.8, 17.5, 45.7)[place]
-        per_output = small + (large - small) * (layer.taps - 9) / 16
-    else:
-        per_output = 3.8 + 1.43 * math.ceil(inputs * layer.taps / 16) + (outputs % 16 != 0)
-    return per_output * outputs * layer.cells + 54e3
+    @functools.cache
+    def instructions(layer: ConvCost, inputs: int, outputs: int) -> float:
+        groups, inputs = (outputs, outputs) if layer.groups > 1 else (1, inputs)
+        kernel, cells, stride = layer.kernel, layer.cells, layer.stride
+        return conv_instructions(core, kind, inputs, outputs, kernel, groups, cells, stride)
+
+    return instructions
 
 
-COSTS: Final[dict[str, CostOf]] = {"macs": macs_of, "cortex-a76": a76_of}
-"""What a budget can be counted in."""
+COSTS: Final[dict[str, CostOf]] = {
+    "macs": macs_of,
+    "cortex-a76": instructions_on("cortex-a76", "s8"),
+    "cortex-a72": instructions_on("cortex-a72", "u8"),
+}
+"""What a budget can be counted in; on cores, 8-bit numbers of the sign that is faster there."""
 
 
 def total_cost(costs: dict[str, ConvCost], cost_of: CostOf) -> float:
