@@ -184,7 +184,7 @@ def store_sparingly(model: Any) -> Any:
     for node in graph.node:
         if node.op_type == "Conv":
             _drop_defaults(node)
-            made = [links.maker.get(name) for name in node.input]
+            made: list[Any] = [links.maker.get(name) for name in node.input]
             product = _bias_scale(made, links.stored)
             if product is not None and made[2].input[1] not in done:
                 name = made[2].input[1]

@@ -22,13 +22,11 @@ FLOAT_INPUTS: Final = {"Resize": 1}
 """Operators of which only so many inputs, from the first, may be 16 bits."""
 
 
-def half_weights(model: Any) -> Any:
+def half_weights(model: Any, axes_min: int = 0) -> Any:
     """Returns a copy of a model with its float32 weights stored in 16 bits, computing in 32.
 
-    Tensors with a value beyond 65504 stay as they are.
-
-    Raises:
-        ModelFileError: It has no float32 weights, or only ones that stay.
+    Tensors with a value beyond 65504 stay as they are, and those with fewer axes than
+    ``axes_min``: 2 spares scales and biases.
     """
     onnx = require_onnx()
     result = onnx.ModelProto()
@@ -36,20 +34,14 @@ def half_weights(model: Any) -> Any:
     graph = result.graph
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < ELEMENTS_MIN:
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < axes_min:
             continue
         value = onnx.numpy_helper.to_array(tensor)
-        if not np.abs(value).max() <= HALF_MAX:
+        if value.size < ELEMENTS_MIN or not np.abs(value).max() <= HALF_MAX:
             continue
         name = tensor.name
         tensor.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), f"{name}/half"))
         casts.append(onnx.helper.make_node("Cast", [f"{name}/half"], [name], to=1))
-    if not casts:
-        message = (
-            f"expected float32 weights of {ELEMENTS_MIN} numbers or more, found none; the model is "
-            "small already"
-        )
-        raise ModelFileError(message)
     body = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *body])

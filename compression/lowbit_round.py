@@ -18,6 +18,7 @@ from ..models.detections import FloatArray
 from ..models.graph import require_onnx
 from .bits_graph import levels, store_packed, store_sparingly
 from .calibrate import Seen
+from .half import half_weights
 from .qdq import WEIGHT_OPS, Links
 from .rounding import DAMPING, lost_mean
 from .slim import shorten_names
@@ -61,7 +62,8 @@ def find_layers(model: Any) -> list[Layer]:
     for node in model.graph.node:
         if node.op_type not in WEIGHT_OPS:
             continue
-        data, weight, *rest = (links.maker.get(name) for name in node.input)
+        makers: list[Any] = [links.maker.get(name) for name in node.input]
+        data, weight, *rest = makers
         if not _is_stored(weight, links, onnx.TensorProto.INT8) or weight.input[0] in taken:
             continue
         bias = None
@@ -92,9 +94,10 @@ def _is_stored(maker: Any, links: Links, kind: int) -> bool:
     """Whether a node is a DequantizeLinear of stored codes, with a scale per channel."""
     if maker is None or maker.op_type != "DequantizeLinear":
         return False
-    codes, scale = (links.stored.get(name) for name in maker.input[:2])
-    fits = codes is not None and scale is not None
-    return bool(fits and codes.data_type == kind and len(scale.dims) == 1)
+    if any(name not in links.stored for name in maker.input[:2]):
+        return False
+    codes, scale = (links.stored[name] for name in maker.input[:2])
+    return bool(codes.data_type == kind and len(scale.dims) == 1)
 
 
 def weight_count(model: Any, layer: Layer) -> int:
@@ -160,7 +163,8 @@ def as_column(values: DoubleArray, ndim: int) -> DoubleArray:
 def nearest(value: DoubleArray, bits: int) -> DoubleArray:
     """Returns the nearest codes of a width, as floats."""
     if bits == 1:
-        return np.where(value < 0, -1.0, 1.0)
+        signs: DoubleArray = np.where(value < 0, -1.0, 1.0)
+        return signs
     allowed = levels(bits)
     clipped: DoubleArray = np.clip(np.rint(value), allowed[0], allowed[-1])
     return clipped
@@ -176,10 +180,12 @@ def fitted_scales(flat: DoubleArray, bits: int, power: DoubleArray | None) -> Do
     """
     by = np.ones(flat.shape[1]) if power is None else power + 1e-12
     if bits == 1:  # the least squares of a sign times a scale: the mean magnitude
-        return np.maximum((np.abs(flat) * by).sum(axis=1) / by.sum(), 1e-8)
+        mean: DoubleArray = np.maximum((np.abs(flat) * by).sum(axis=1) / by.sum(), 1e-8)
+        return mean
     allowed = levels(bits).astype(np.float64)
     top = np.maximum(flat.max(axis=1) / allowed[-1], flat.min(axis=1) / allowed[0])
-    best, cost = np.maximum(top, 1e-8), np.full(len(flat), np.inf)
+    best: DoubleArray = np.maximum(top, 1e-8)
+    cost = np.full(len(flat), np.inf)
     for shrink in SHRINKS:
         scale = np.maximum(top * shrink, 1e-8)
         error = ((nearest(flat / scale[:, None], bits) * scale[:, None] - flat) ** 2 * by).sum(1)
@@ -275,8 +281,12 @@ def put_weight(
 
 
 def packed_model(model: Any, layers: Sequence[Layer], widths: Mapping[str, int]) -> Any:
-    """Returns the file's form of a model whose codes fit their widths; it computes the same."""
+    """Returns the file's form of a model whose codes fit their widths; it computes the same.
+
+    Only weights that were left in float change: they are stored in 16 bits.
+    """
     packed = store_packed(store_sparingly(model), {x.codes: widths[x.name] for x in layers})
+    packed = half_weights(packed, axes_min=2)
     shorten_names(packed)
     return packed
 

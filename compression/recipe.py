@@ -162,14 +162,18 @@ class Recipe(Strict):
             message = f"steps: at least 1 step [[steps]], or a table [search], found {found}"
             raise ValueError(message)
         kinds = [step.kind for step in self.steps]
-        if "quantize" in kinds:
-            late = [k for k in kinds[kinds.index("quantize") + 1 :] if k != "verify"]
+        for final in ("quantize", "half"):
+            rest = kinds[kinds.index(final) + 1 :] if final in kinds else []
+            late = [kind for kind in rest if kind != "verify"]
             if late:
-                message = f"steps: only verify after quantize, found {late[0]}; put it before"
+                advice = "leave one out" if late[0] in ("quantize", "half") else "put it before"
+                message = f"steps: only verify after {final}, found {late[0]}; {advice}"
                 raise ValueError(message)
-        if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
-            message = "steps: prune before sparsify (it refits all weights), found it after"
-            raise ValueError(message)
+        rest = kinds[kinds.index("sparsify") :] if "sparsify" in kinds else []
+        for filling in ("prune", "factorise"):  # they fit all weights anew
+            if filling in rest:
+                message = f"steps: {filling} before sparsify (it fills zeros), found it after"
+                raise ValueError(message)
         budgets = [s.budget for s in self.steps if isinstance(s, PruneStep)]
         for (unit, first), (next_unit, second) in itertools.pairwise(budgets):
             if unit == next_unit and second >= first:

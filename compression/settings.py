@@ -211,12 +211,35 @@ class QuantizeStep(Strict):
         integer_share_min: At least this part of the convolution MACs stays integer.
         refine: Photo passes of training after calibration, with the float network as teacher;
             0: none.
+        weights: Bits of the weights. Fewer than 8 make a smaller file, not a faster one.
+        bytes_max: Size of the file, at most; each layer's bits are chosen by what they harm.
     """
 
     kind: Literal["quantize"]
     photos: int = Field(320, ge=1)
     integer_share_min: float = Field(0.9, ge=0, le=1)
     refine: int = Field(0, ge=0)
+    weights: Literal[8, 7, 6, 5, 4, 3, 2, 1] = 8
+    bytes_max: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> QuantizeStep:
+        if self.weights != 8 and self.bytes_max is not None:
+            message = "one of weights (bits of all layers) or bytes_max (of the file), found both"
+            raise ValueError(message)
+        return self
+
+
+class HalfStep(Strict):
+    """Turns the weights into 16-bit floats: half the file.
+
+    Attributes:
+        compute: In ``float32`` (any processor, the same speed as before), or in ``float16`` from
+            the first convolution to the last (GPUs).
+    """
+
+    kind: Literal["half"]
+    compute: Literal["float32", "float16"] = "float32"
 
 
 class VerifyStep(Strict):
@@ -281,7 +304,7 @@ class FactoriseStep(Strict):
 
 
 Step = Annotated[
-    FactoriseStep | PruneStep | SparsifyStep | DistillStep | QuantizeStep | VerifyStep,
+    FactoriseStep | PruneStep | SparsifyStep | DistillStep | QuantizeStep | HalfStep | VerifyStep,
     Field(discriminator="kind"),
 ]
 STEP_KINDS: Final[dict[str, type[Strict]]] = {
@@ -290,5 +313,6 @@ STEP_KINDS: Final[dict[str, type[Strict]]] = {
     "distill": DistillStep,
     "factorise": FactoriseStep,
     "quantize": QuantizeStep,
+    "half": HalfStep,
     "verify": VerifyStep,
 }

@@ -15,11 +15,13 @@ from ..models.detector import OnnxDetector
 from ..models.graph import load_model
 from .distill_step import run_distill
 from .export import TorchDetector, export_detector, set_metadata
+from .half import half_compute, half_weights
+from .lowbit import FIT_PHOTOS, LowBitConfig, lower
 from .lowrank_step import run_factorise
-from .onnx_io import save_model
+from .onnx_io import save_model, tidy
 from .prune_step import run_prune
 from .quantize import QuantizeConfig, quantize
-from .settings import QuantizeStep, VerifyStep
+from .settings import HalfStep, QuantizeStep, VerifyStep
 from .slim import shorten_names
 from .sparse_step import run_sparsify
 from .state import NET_KEY, State, StepReport
@@ -29,7 +31,7 @@ EXPORT_PHOTOS = 3
 
 
 def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]:
-    """Exports the network and turns it into 8-bit integers."""
+    """Exports the network and turns it into 8-bit integers; weights into fewer bits if asked."""
     start = time.monotonic()
     job = state.job
     state = with_file(state)
@@ -37,23 +39,46 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
     model = load_model(state.model)
     set_metadata(model, NET_KEY, None)  # only float files can be compressed further
     spec = OnnxDetector(state.model).spec
+    low = config.weights != 8 or config.bytes_max is not None
     settings = QuantizeConfig(
         target=job.core,
         photos_max=config.photos,
         seed=job.seed,
         integer_share_min=config.integer_share_min,
-        refine=config.refine,
+        refine=0 if low else config.refine,  # few bits are trained once, as they will be
     )
-    result = quantize(
-        model, spec, job.photos.train_paths, settings, progress=_progress(job.progress)
-    )
+    photos, bars = job.photos.train_paths, _progress(job.progress)
+    result = quantize(model, spec, photos, settings, progress=bars)
+    small, figures, notes = result.model, dict(result.report), result.notes
+    if low:
+        count = min(config.photos, FIT_PHOTOS)
+        few = LowBitConfig(config.weights, config.bytes_max, count, job.seed, config.refine)
+        lowered = lower(small, model, spec, photos, few, progress=bars)
+        small, notes = lowered.model, notes + lowered.notes
+        figures["few bits"] = lowered.report
     path = job.step_folder / "int8.onnx"
-    shorten_names(result.model)
-    save_model(result.model, path, spec)
+    shorten_names(small)
+    save_model(small, path, spec)
     OnnxDetector(path)  # it must run before anything is built on it
     done = replace(state, model=path, float_model=state.model)
-    figures = dict(result.report)
-    return done, StepReport("quantize", time.monotonic() - start, figures, result.notes)
+    return done, StepReport("quantize", time.monotonic() - start, figures, notes)
+
+
+def run_half(state: State, config: HalfStep) -> tuple[State, StepReport]:
+    """Exports the network and turns its weights into 16-bit floats."""
+    start = time.monotonic()
+    state = with_file(state)
+    assert state.model is not None
+    model = tidy(load_model(state.model))
+    set_metadata(model, NET_KEY, None)  # only float32 files can be compressed further
+    small = half_compute(model) if config.compute == "float16" else half_weights(model)
+    path = state.job.step_folder / "half.onnx"
+    shorten_names(small)
+    save_model(small, path, OnnxDetector(state.model).spec)
+    OnnxDetector(path)
+    figures = {"compute": config.compute, "bytes": path.stat().st_size}
+    done = replace(state, model=path, float_model=state.model)
+    return done, StepReport("half", time.monotonic() - start, figures)
 
 
 def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
@@ -93,6 +118,7 @@ STEPS: Final[dict[str, StepFunction]] = {
     "distill": run_distill,
     "factorise": run_factorise,
     "quantize": run_quantize,
+    "half": run_half,
     "verify": run_verify,
 }
 """Kind of step -> function; a new kind needs an entry here and a class in ``settings.Step``."""

@@ -15,6 +15,8 @@ from .files import is_file
 
 MAC_OPS = ("Conv", "Gemm", "MatMul")
 FLOAT_CONV_OPS = ("Conv", "FusedConv", "NhwcFusedConv")
+UNPACKING_OPS = ("Add", "Cast", "Gather", "Reshape", "Slice")
+"""What weights of few bits, or of 16, are made of on loading."""
 INTEGER_CONV_OPS = ("QLinearConv", "ConvInteger")
 INTEGER_OPS = (
     *INTEGER_CONV_OPS,
@@ -86,8 +88,13 @@ def parameters(model: Any) -> int:
 
     Scales, zero points, shapes and constants are not counted.
     """
-    stored = initializers(model)
+    stored = {name: int(np.prod(tensor.dims)) for name, tensor in initializers(model).items()}
     producer = {out: node for node in model.graph.node for out in node.output}
+    shapes: dict[str, tuple[int, ...]] | None = None
+    for node in model.graph.node:  # weights that are unpacked from stored numbers on loading
+        if node.op_type in UNPACKING_OPS and all(name in stored for name in node.input):
+            shapes = shapes or tensor_shapes(model)
+            stored.update((out, int(np.prod(shapes.get(out, (0,))))) for out in node.output)
     found: set[str] = set()
     for node in model.graph.node:
         if node.op_type in MAC_OPS or node.op_type in INTEGER_OPS or "Conv" in node.op_type:
@@ -95,9 +102,9 @@ def parameters(model: Any) -> int:
                 source = producer.get(name)
                 if source is not None and source.op_type == "DequantizeLinear":
                     name = source.input[0]
-                if name in stored and int(np.prod(stored[name].dims)) > 1:
+                if stored.get(name, 0) > 1:
                     found.add(name)
-    return sum(int(np.prod(stored[name].dims)) for name in found)
+    return sum(stored[name] for name in found)
 
 
 def tensor_shapes(model: Any) -> dict[str, tuple[int, ...]]:
