@@ -20,8 +20,10 @@ from .chain import Layer, Matrix
 RIDGE: Final = 1e-6
 """Added to covariances, relative to their mean diagonal: what no photo showed still counts."""
 TUCKER_ROUNDS: Final = 3
-CP_ROUNDS_MAX: Final = 150
-CP_STARTS: Final = 2
+CP_ROUNDS_MAX: Final = 200
+CP_ENOUGH: Final = 1e-6
+"""A round that mends less than this part is the last."""
+CP_STARTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -266,26 +268,42 @@ def parallel_factors(tensor: Matrix, rank: int, start: int) -> list[Matrix]:
         One matrix ``(size, rank)`` per axis; the columns of all but the first have length one.
     """
     factors = _taps_start(tensor, rank) if start == 0 else _random_start(tensor, rank, start)
+    outputs, inputs, kh, kw = tensor.shape
+    flat = tensor.reshape(outputs, -1)
     total = float(np.square(tensor).sum())
     before = np.inf
     for _ in range(CP_ROUNDS_MAX):
-        for axis in range(3, -1, -1):
-            others = [factors[a] for a in range(4) if a != axis]
-            gram = np.prod([f.T @ f for f in others], axis=0)
-            letters = "abcd".replace("abcd"[axis], "")
-            terms = ",".join(f"{x}r" for x in letters)
-            seen = np.einsum(f"abcd,{terms}->{'abcd'[axis]}r", tensor, *others, optimize=True)
-            damping = 1e-10 * max(float(np.trace(gram)) / rank, 1e-30)
-            new: Matrix = np.linalg.solve(gram + damping * np.eye(rank), seen.T).T
-            if axis:
-                new = new / np.maximum(np.linalg.norm(new, axis=0), 1e-30)
-            factors[axis] = new
-        made = (np.prod([f.T @ f for f in factors], axis=0)).sum()
-        error = max(total + float(made) - 2 * float((seen * new).sum()), 0.0)
-        if before - error <= 1e-6 * total:
+        # What the other three axes see of the outputs is the same for all of them.
+        seen = (flat.T @ factors[0]).reshape(inputs, kh, kw, rank)
+        by_cell = np.einsum("cijr,cr->ijr", seen, factors[1])
+        factors[3] = _unit(_solve(factors, 3, np.einsum("ijr,ir->jr", by_cell, factors[2])))
+        factors[2] = _unit(_solve(factors, 2, np.einsum("ijr,jr->ir", by_cell, factors[3])))
+        cells = factors[2][:, None] * factors[3][None]
+        factors[1] = _unit(_solve(factors, 1, np.einsum("cijr,ijr->cr", seen, cells)))
+        terms = (factors[1][:, None, None] * cells).reshape(-1, rank)
+        right = flat @ terms
+        factors[0] = _solve(factors, 0, right)
+        made = float(np.prod([f.T @ f for f in factors], axis=0).sum())
+        error = max(total + made - 2 * float((right * factors[0]).sum()), 0.0)
+        if before - error <= CP_ENOUGH * total:
             break
         before = error
     return factors
+
+
+def _solve(factors: Sequence[Matrix], axis: int, right: Matrix) -> Matrix:
+    """Returns the best factor of one axis, given the others."""
+    gram = np.prod([f.T @ f for a, f in enumerate(factors) if a != axis], axis=0)
+    damping = 1e-10 * max(float(np.trace(gram)) / len(gram), 1e-30)
+    solution = np.linalg.solve(gram + damping * np.eye(len(gram)), right.T)
+    return np.asarray(solution.T, np.float64)
+
+
+def _unit(factor: Matrix) -> Matrix:
+    """Returns a factor whose columns have length one."""
+    lengths: Matrix = np.sqrt(np.square(factor).sum(0))
+    scaled: Matrix = factor / np.maximum(lengths, 1e-30)
+    return scaled
 
 
 def _taps_start(tensor: Matrix, rank: int) -> list[Matrix]:
