@@ -120,6 +120,7 @@ class Workshop:
         changes: dict[str, Any] = {"hold_out": recipe.data.hold_out or HOLD_OUT}
         self.hold_out: int = changes["hold_out"]
         self.eval_folder = recipe.data.eval
+        self.budget_s = recipe.search.budget_s
         data = recipe.data.model_copy(update=changes | {"eval": None})
         self.recipe = recipe.model_copy(update={"data": data, "search": None})
         self.progress = progress
@@ -155,7 +156,7 @@ class Workshop:
         Raises:
             RecipeError: The one that a study began with is not to be had here.
         """
-        self.price: Price = price_for(self.job.core, kind)
+        self.price: Price = price_for(self.job.core, kind, self.budget_s)
         self.whole_cost = self.price.of(self.start.original)
         if self.whole_cost <= 0:
             message = f"{self.entered.spec.name}: expected a model that costs something, found 0"

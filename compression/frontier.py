@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from ..models.dataset import Dataset
 from ..models.detector import OnnxDetector
-from ..models.errors import MissingExtraError
+from ..models.errors import EdgeSightError, MissingExtraError
 from ..models.files import write_bytes, write_json, write_text
 from ..models.machine import machine
 from .candidates import ORIGINAL, Candidate, Workshop
 from .data import open_photos
 from .pipeline import Ruler
+from .price import can_count, count_instructions
 from .report import BLUE, ORANGE, finite, mega_text, percent_text, score_text, size_text
 from .search import TRIALS_FOLDER, Found
 from .targets import Search, asked_text, best_of, missed, non_dominated, shortfall_text
@@ -26,6 +27,8 @@ JSON_FILE: Final = "frontier.json"
 PLOT_FILE: Final = "frontier.png"
 HTML_FILE: Final = "frontier.html"
 TEMPLATE: Final = "frontier.html.j2"
+COUNT_ERROR: Final = 0.015
+"""Counts repeat to so small a part."""
 ROUNDS: Final = 40
 """Alternating runs that a model is timed by."""
 TRAIN_PHOTOS_MAX: Final = 300
@@ -81,19 +84,42 @@ def choose(workshop: Workshop, wanted: Search, found: Found, say: Callable[[str]
             best = here
         extra = {"best": here is best, "meets": missed(wanted, here.figures) == 0}
         rows.append(here.to_json() | {"text": here.text} | extra | judges.measure(here))
+    _count(workshop, rows, say)
     row = next(row for row in rows if row["best"])
-    met, says = _verdict(wanted, best, row["eval"])
+    met, says = _verdict(wanted, best, row)
     return Chosen(best, tuple(rows), met, says)
 
 
-def _verdict(wanted: Search, best: Candidate, held: dict[str, Any] | None) -> tuple[bool, str]:
+def _count(workshop: Workshop, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Adds counted instructions to the rows, where an emulated computer is there; else None."""
+    core, folder = workshop.job.core, workshop.job.folder
+    paths = [workshop.start.original, *(folder / row["file"] for row in rows)]
+    counts: list[int | None] = [None] * len(paths)
+    if can_count(core):
+        say(f"counting the instructions of {len(paths)} models on an emulated {core}")
+        try:
+            counts = list(count_instructions(paths, core))
+        except EdgeSightError as error:  # what was found is not lost by that
+            say(f"not counted: {error}")
+    whole, *rest = counts
+    for row, count in zip(rows, rest, strict=True):
+        row["instructions"] = count
+        row["instructions_ratio"] = count / whole if count and whole else None
+
+
+def _verdict(wanted: Search, best: Candidate, row: dict[str, Any]) -> tuple[bool, str]:
     """Returns whether the target is met, and says so.
 
-    What was found by looking at the tuning photos is refuted by the eval photos if even the lower
-    limit of the interval of what is lost there is more than was asked for.
+    What was found with predicted costs is refuted by counted ones, and what was found on the tuning
+    photos by the eval photos, if even the lower limit of the interval there is above the limit.
     """
+    held = row["eval"]
     if short := shortfall_text(wanted, best.figures):
         return False, f"not found: {asked_text(wanted)}; the nearest has {short}"
+    counted, most = row["instructions_ratio"], wanted.cost_max
+    if counted is not None and most is not None and counted > most * (1 + COUNT_ERROR):
+        seen = f"{100 * counted:.1f} % of the cost when counted"
+        return False, f"not found: {asked_text(wanted)}; the nearest has {seen}"
     asked = wanted.ap_loss_max
     if asked is not None and held is not None and held["loss"] is not None:
         lost, low = held["loss"], held["loss_low"]

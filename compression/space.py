@@ -152,7 +152,7 @@ def sizes_near(whole_hw: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """Returns an input size and smaller ones of about its shape."""
     found = [whole_hw]
     for scale in SMALLER:
-        height, width = (max(SIDE_STEP, round(s * scale / SIDE_STEP) * SIDE_STEP) for s in whole_hw)
+        height, width = (SIDE_STEP * int(s * scale / SIDE_STEP + 0.5) for s in whole_hw)
         if (height, width) not in found and min(height, width) >= SIDE_MIN:
             found.append((height, width))
     return tuple(found)
