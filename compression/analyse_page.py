@@ -62,7 +62,9 @@ def plots(report: Row) -> list[str]:
     ]
     if any("effective_rank" in row["redundancy"] for row in rows):
         unused = [_unused(row["redundancy"]) for row in rows]
-        made.append(_bars(rows, unused, "Redundancy", "% of the dimensions not used"))
+        label = "% of the dimensions not used (pale: too few pixels to tell)"
+        sure = [bool(row["redundancy"].get("rank_sure")) for row in rows]
+        made.append(_bars(rows, unused, "Redundancy", label, sure))
     if any(row["sensitivity"] for row in rows):
         made.append(_losses(rows, report["unit"]))
     return made
@@ -84,9 +86,16 @@ def _axes(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
     return figure, axes, place
 
 
-def _bars(rows: Sequence[Row], values: Sequence[float], title: str, label: str) -> str:
+def _bars(
+    rows: Sequence[Row],
+    values: Sequence[float],
+    title: str,
+    label: str,
+    sure: Sequence[bool] | None = None,
+) -> str:
     figure, axes, place = _axes(rows)
-    axes.barh(place, values, 0.8, color=BLUE)
+    colors = BLUE if sure is None else [BLUE if known else f"{BLUE}50" for known in sure]
+    axes.barh(place, values, 0.8, color=colors)
     axes.set_xlabel(label)
     return _svg(figure, axes, title)
 

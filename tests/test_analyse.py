@@ -1,0 +1,379 @@
+"""Costs and redundancy of layers, on graphs whose every figure can be worked out by hand."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from edgesight.compression.analyse import Costs, Traced, count_costs
+from edgesight.compression.calibrate import Grid
+from edgesight.compression.onnx_io import tidy
+from edgesight.compression.qdq import insert, plan_layout
+from edgesight.compression.redundancy import (
+    effective_rank,
+    energy_rank,
+    entropy_bits,
+    matrices,
+    of_activations,
+    of_weights,
+    stored_form,
+)
+from edgesight.models.errors import ModelFileError
+from edgesight.models.graph import load_model, node_macs, parameters
+from edgesight.models.zoo import shipped, shipped_float
+from onnx import TensorProto, helper, numpy_helper
+
+kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
+
+
+def graph(
+    nodes: list[Any],
+    stored: dict[str, Any],
+    shape: list[Any],
+    output: str = "out",
+    opset: int = 17,
+    domains: tuple[str, ...] = (),
+) -> Any:
+    made = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("in", TensorProto.FLOAT, shape)],
+        [helper.make_empty_tensor_value_info(output)],
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )
+    made.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    opsets = [helper.make_opsetid(name, 1) for name in domains]
+    return helper.make_model(
+        made, ir_version=8, opset_imports=[helper.make_opsetid("", opset), *opsets]
+    )
+
+
+def normal(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def costs_of(model: Any, **more: Any) -> Costs:
+    return count_costs(Traced(model, **more), len(model.SerializeToString()))
+
+
+def by_hand() -> Any:
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["in", "w1", "b1"], ["a"], "first", pads=[1] * 4),
+        node("Relu", ["a"], ["b"], "act"),
+        node("Conv", ["b", "w2"], ["c"], "depth", pads=[1] * 4, strides=[2, 2], group=4),
+        node("Conv", ["c", "w3", "b3"], ["d"], "grouped", group=2),
+        node("ConvTranspose", ["d", "w4"], ["e"], "up", strides=[2, 2]),
+        node("GlobalAveragePool", ["e"], ["f"], "pool"),
+        node("Flatten", ["f"], ["g"], "flat"),
+        node("Gemm", ["g", "w5", "b5"], ["h"], "gemm", transB=1),
+        node("MatMul", ["h", "w6"], ["out"], "matmul"),
+    ]
+    stored = {
+        "w1": normal(4, 3, 3, 3),
+        "b1": normal(4),
+        "w2": normal(4, 1, 3, 3),
+        "w3": normal(8, 2, 1, 1),
+        "b3": normal(8),
+        "w4": normal(8, 2, 2, 2),
+        "w5": normal(5, 2),
+        "b5": normal(5),
+        "w6": normal(5, 7),
+    }
+    return graph(nodes, stored, [1, 3, 8, 8])
+
+
+def test_every_figure_of_a_graph_counted_by_hand() -> None:
+    costs = costs_of(by_hand())
+    found = {
+        la.name: (
+            la.kind,
+            la.family,
+            la.macs,
+            la.parameters,
+            la.activation_elements,
+            la.weight_bytes,
+        )
+        for la in costs.layers
+    }
+    assert found == {
+        "first": ("3x3", "kxk", 8 * 8 * 4 * 27, 4 * 27 + 4, 256, 4 * 112),
+        "depth": ("3x3 depthwise", "depthwise", 16 * 4 * 9, 36, 64, 144),
+        "grouped": ("1x1 in 2 groups", "grouped", 16 * 8 * 2, 16 + 8, 128, 96),
+        "up": ("transposed 2x2", "transposed", 16 * 8 * 2 * 4, 64, 128, 256),
+        "gemm": ("linear", "linear", 10, 15, 5, 60),
+        "matmul": ("linear", "linear", 35, 35, 7, 140),
+    }
+    assert costs.macs == sum(la.macs for la in costs.layers) == 6912 + 576 + 256 + 1024 + 10 + 35
+    assert costs.parameters == 112 + 36 + 24 + 64 + 15 + 35
+    assert costs.activation_bytes == 4 * (256 + 64 + 128 + 128 + 5 + 7)
+    assert costs.stored_bytes == costs.weight_bytes == 4 * costs.parameters
+    assert {o.op: (o.count, o.elements) for o in costs.others} == {
+        "Relu": (1, 256),
+        "GlobalAveragePool": (1, 2),
+        "Flatten": (1, 2),
+    }
+    assert [la.name for la in costs.layers if la.last] == ["matmul"]
+    assert costs.layers[0].behind == "b"
+    assert costs.layers[1].behind == "c"
+
+
+def test_an_operator_that_nobody_knows_is_named_and_what_hides_behind_it_too() -> None:
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["in", "w1"], ["a"], "first"),
+        node("Wonder", ["a"], ["b"], "odd", domain="elsewhere"),
+        node("Conv", ["b", "w2"], ["c"], "behind"),
+        node("Relu", ["c"], ["out"], "act"),
+    ]
+    stored = {"w1": normal(4, 3, 1, 1), "w2": normal(4, 4, 1, 1)}
+    costs = costs_of(graph(nodes, stored, [1, 3, 8, 8], domains=("elsewhere",)))
+    assert [(la.name, la.macs) for la in costs.layers] == [("first", 768)]
+    assert {o.op: (o.count, o.unknown) for o in costs.others} == {
+        "elsewhere:Wonder": (1, 1),
+        "Conv": (1, 1),
+        "Relu": (1, 1),
+    }
+
+
+def test_nothing_to_count_is_refused() -> None:
+    model = graph([helper.make_node("Relu", ["in"], ["out"], "act")], {}, [1, 3, 8, 8])
+    with pytest.raises(ModelFileError, match=r"layers that can be counted, found Relu"):
+        costs_of(model)
+
+
+def test_what_batch_norm_stores_is_told() -> None:
+    nodes = [
+        helper.make_node("Conv", ["in", "w"], ["a"], "conv"),
+        helper.make_node("BatchNormalization", ["a", "g", "b", "m", "v"], ["out"], "bn"),
+    ]
+    four = {name: np.ones(4, np.float32) for name in "gbmv"}
+    costs = costs_of(graph(nodes, {"w": normal(4, 3, 1, 1), **four}, [1, 3, 8, 8]))
+    assert [(o.op, o.stored) for o in costs.others] == [("BatchNormalization", 16)]
+    assert costs.stored_bytes == 4 * (12 + 16)
+
+
+def test_weights_that_two_layers_share_count_once_in_the_total() -> None:
+    nodes = [
+        helper.make_node("Conv", ["in", "w"], ["a"], "one"),
+        helper.make_node("Conv", ["a", "w"], ["out"], "two"),
+    ]
+    costs = costs_of(graph(nodes, {"w": normal(3, 3, 1, 1)}, [1, 3, 8, 8]))
+    assert [la.parameters for la in costs.layers] == [9, 9]
+    assert costs.parameters == 9
+    assert costs.weight_bytes == 36
+
+
+def test_weights_are_found_however_they_are_stored() -> None:
+    """As float16 behind a Cast, and as a Constant node."""
+    half = normal(4, 3, 1, 1).astype(np.float16)
+    constant = numpy_helper.from_array(normal(2, 4, 1, 1), "value")
+    nodes = [
+        helper.make_node("Cast", ["half"], ["w1"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["in", "w1"], ["a"], "one"),
+        helper.make_node("Constant", [], ["w2"], "constant", value=constant),
+        helper.make_node("Conv", ["a", "w2"], ["out"], "two"),
+    ]
+    model = graph(nodes, {"half": half}, [1, 3, 8, 8])
+    traced = Traced(model)
+    costs = count_costs(traced, 0)
+    assert [(la.parameters, la.weight_bytes) for la in costs.layers] == [(12, 24), (8, 32)]
+    assert np.array_equal(traced.constants["w1"], half.astype(np.float32))
+    assert {o.op: o.elements for o in costs.others} == {"Cast": 0, "Constant": 0}
+
+
+def test_open_sizes_are_filled_in_or_refused() -> None:
+    nodes = [helper.make_node("Conv", ["in", "w"], ["out"], "one")]
+    model = graph(nodes, {"w": normal(4, 3, 1, 1)}, ["batch", 3, "height", "width"])
+    assert costs_of(model, input_hw=(6, 10)).macs == 60 * 12
+    with pytest.raises(ModelFileError, match="fixed input size"):
+        costs_of(model)
+
+
+def test_quantized_files_are_counted_like_their_float_form() -> None:
+    model = tidy(kit.detector("leaky"))
+    layout = plan_layout(model)
+    grids = {name: Grid.over(-4, 4) for name in set(layout.group.values())}
+    small = insert(model, layout, grids, signed=False)
+    before, after = costs_of(model), costs_of(small)
+    assert [(la.macs, la.parameters) for la in after.layers] == [
+        (la.macs, la.parameters) for la in before.layers
+    ]
+    assert all(la.quantized for la in after.layers)
+    assert not any(la.quantized for la in before.layers)
+    for float_layer, layer in zip(before.layers, after.layers, strict=True):
+        if not layer.last:
+            assert layer.activation_bytes == layer.activation_elements
+            assert float_layer.activation_bytes == 4 * layer.activation_elements
+    assert after.weight_bytes < 0.5 * before.weight_bytes
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {o.op for o in after.others}
+
+
+@pytest.mark.parametrize("file", [shipped, shipped_float])
+def test_the_shipped_model_is_counted_to_the_last_operator(file: Any) -> None:
+    model = load_model(file())
+    costs = costs_of(model)
+    assert len(costs.layers) + sum(o.count for o in costs.others) == len(model.graph.node)
+    assert costs.macs == sum(node_macs(model).values())
+    assert costs.parameters == parameters(model)
+    assert costs.stored_bytes < file().stat().st_size
+    assert not any(o.unknown for o in costs.others)
+
+
+def test_silu_is_an_activation_in_two_operators() -> None:
+    costs = costs_of(kit.detector("silu"))
+    model = kit.detector("silu")
+    maker = {out: n for n in model.graph.node for out in n.output}
+    inner = [la for la in costs.layers if not la.last]
+    assert {maker[la.behind].op_type for la in inner} == {"Mul"}
+
+
+def test_effective_rank_and_entropy_by_definition() -> None:
+    assert effective_rank([1.0] * 7) == pytest.approx(7)
+    assert effective_rank([1.0] * 3 + [0.0] * 20) == pytest.approx(3)
+    assert effective_rank([0.75, 0.25]) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
+    assert effective_rank([0.0, 0.0]) == 0
+    assert entropy_bits([5] * 256) == pytest.approx(8)
+    assert entropy_bits([3, 1]) == pytest.approx(0.75 * np.log2(4 / 3) + 0.25 * 2)
+    assert entropy_bits([9]) == entropy_bits([0]) == 0
+
+
+def planted(rank: int, channels: int = 16) -> Any:
+    """A 1x1 convolution whose outputs fill ``rank`` dimensions evenly, however many there are."""
+    rng = np.random.default_rng(3)
+    left = np.linalg.qr(rng.normal(size=(channels, channels)))[0][:, :rank]
+    right = np.linalg.qr(rng.normal(size=(channels, channels)))[0][:rank]
+    weight = (left @ right).astype(np.float32)[:, :, None, None]
+    nodes = [helper.make_node("Conv", ["in", "w", "b"], ["out"], "one")]
+    bias = np.full(channels, 100, np.float32)  # a mean is no dimension
+    return graph(nodes, {"w": weight, "b": bias}, [1, channels, 40, 40])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_the_rank_of_a_planted_layer_is_found(rank: int) -> None:
+    traced = Traced(planted(rank))
+    costs = count_costs(traced, 0)
+    inputs = [normal(1, 16, 40, 40, seed=s) for s in range(4)]
+    seen = of_activations(traced, costs.layers, inputs, progress=lambda x, **_: x)["out"]
+    assert seen.effective_rank == pytest.approx(rank, rel=0.01)
+    assert seen.pixels == 4 * 1600
+    assert seen.sure
+    weights = of_weights(traced, traced.model.graph.node[0])
+    assert weights is not None
+    assert (weights.rank, weights.rank_max) == (rank, 16)
+
+
+def test_few_pixels_are_not_trusted() -> None:
+    traced = Traced(planted(16))
+    costs = count_costs(traced, 0)
+    one = [normal(1, 16, 40, 40)[:, :, :1]]
+    traced.model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    seen = of_activations(traced, costs.layers, one, progress=lambda x, **_: x)["out"]
+    assert not seen.sure
+    assert seen.effective_rank < 15
+
+
+def test_dead_channels_by_weights_and_by_photos() -> None:
+    """One filter is zero; another never gets over its ReLU."""
+    weight, bias = normal(4, 3, 1, 1), np.zeros(4, np.float32)
+    weight[1] = 0
+    bias[1], bias[2] = 5, -1000
+    nodes = [
+        helper.make_node("Conv", ["in", "w", "b"], ["a"], "one"),
+        helper.make_node("Relu", ["a"], ["out"], "act"),
+    ]
+    traced = Traced(graph(nodes, {"w": weight, "b": bias}, [1, 3, 8, 8]))
+    costs = count_costs(traced, 0)
+    seen = of_activations(traced, costs.layers, [normal(1, 3, 8, 8)], progress=lambda x, **_: x)
+    assert seen["a"].dead_channels == 2
+    weights = of_weights(traced, traced.model.graph.node[0])
+    assert weights is not None
+    assert weights.zero_channels == 1
+
+
+def test_entropy_of_weights_and_outputs() -> None:
+    """Weights of two sizes carry one bit; so do outputs of two values."""
+    weight = np.where(np.arange(64).reshape(8, 8, 1, 1) % 2, 1, -1).astype(np.float32)
+    weight *= np.geomspace(1, 100, 8, dtype=np.float32).reshape(8, 1, 1, 1)  # a scale per channel
+    nodes = [
+        helper.make_node("Conv", ["in", "w"], ["a"], "one"),
+        helper.make_node("Clip", ["a", "low", "high"], ["out"], "act"),
+    ]
+    ends = {"low": np.array(-1e-9, np.float32), "high": np.array(1e-9, np.float32)}
+    traced = Traced(graph(nodes, {"w": weight, **ends}, [1, 8, 32, 32]))
+    costs = count_costs(traced, 0)
+    weights = of_weights(traced, traced.model.graph.node[0])
+    assert weights is not None
+    assert weights.entropy_bits == pytest.approx(1)
+    seen = of_activations(traced, costs.layers, [normal(1, 8, 32, 32)], progress=lambda x, **_: x)
+    assert seen["a"].entropy_bits == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "attributes", "size"),
+    [
+        ("Conv", (8, 3, 3, 3), {}, [(8, 27)]),
+        ("Conv", (8, 2, 3, 3), {"group": 4}, [(2, 18)] * 4),
+        ("ConvTranspose", (6, 4, 2, 2), {}, [(4, 24)]),
+        ("ConvTranspose", (6, 4, 2, 2), {"group": 3}, [(4, 8)] * 3),
+        ("Gemm", (5, 7), {}, [(7, 5)]),
+        ("Gemm", (5, 7), {"transB": 1}, [(5, 7)]),
+        ("MatMul", (5, 7), {}, [(7, 5)]),
+    ],
+)
+def test_weights_as_matrices_and_back(
+    op: str, shape: tuple[int, ...], attributes: dict[str, int], size: list[tuple[int, int]]
+) -> None:
+    node = helper.make_node(op, ["x", "w"], ["y"], **attributes)
+    weight = normal(*shape)
+    rows = matrices(weight, node)
+    assert [m.shape for m in rows] == size
+    assert np.array_equal(stored_form(rows, weight, node), weight)
+    # A row holds what one output channel weighs: without it, that channel alone is silent.
+    rows[-1][-1] = 0
+    changed = stored_form(rows, weight, node)
+    source = (1, 6 if "Trans" in op else shape[1] * attributes.get("group", 1), 5, 5)
+    if "Conv" not in op:
+        source = (1, shape[1] if attributes.get("transB") else shape[0])
+    model = graph(
+        [helper.make_node(op, ["in", "w"], ["out"], **attributes)], {"w": changed}, [*source]
+    )
+    made = kit.run(model, normal(*source))[0]
+    silent = [not made.take(i, axis=1 if "Conv" in op else -1).any() for i in range(made.shape[1])]
+    assert silent == [False] * (made.shape[1] - 1) + [True]
+
+
+def test_energy_rank() -> None:
+    assert energy_rank(np.diag([3.0, 1.0, 0.0])) == 2
+    assert energy_rank(np.diag([100.0, 1.0, 0.0])) == 1
+    assert energy_rank(np.zeros((3, 4))) == 0
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "layers", "macs", "millions"),
+    [
+        ("nanodet_plus_m_416", 110, 762_090_840, 1.186),
+        ("yolox_nano_416", 113, 522_553_408, 0.904),
+        ("fastestdet_352", 70, 121_491_744, 0.240),
+    ],
+)
+def test_known_detectors(shared: Path, name: str, layers: int, macs: int, millions: float) -> None:
+    model = onnx.load(shared / "weights" / f"{name}.onnx")
+    costs = costs_of(model)
+    assert (len(costs.layers), costs.macs) == (layers, macs)
+    assert round(costs.parameters / 1e6, 3) == millions
+
+
+@pytest.mark.shared
+def test_the_dead_channels_of_nanodet_plus_are_found(shared: Path) -> None:
+    """84 hidden channels: a zero row of a 1x1 convolution each, and of the depthwise behind it."""
+    traced = Traced(onnx.load(shared / "weights" / "nanodet_plus_m_416.onnx"))
+    nodes = [n for n in traced.model.graph.node if n.op_type == "Conv"]
+    found = [w.zero_channels for n in nodes if (w := of_weights(traced, n)) is not None]
+    assert sum(found) == 2 * 84
