@@ -90,6 +90,7 @@ def refine(
     feed = teacher.get_inputs()[0].name
     _expect_same(original, teacher, prepare(load_image(photos[0]), spec)[0])
     student = TorchGraph(quantized).train()
+    held = _zeros(student, quantized, original)
     averaged = copy.deepcopy(student)
     optimizer = RelativeAdam(student.parameters(), config.rate)
     steps = math.ceil(min(config.photos, PASSES_MAX * len(photos)) / config.batch)
@@ -106,8 +107,30 @@ def refine(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        with torch.no_grad():
+            for weight, zero in held:
+                weight.masked_fill_(zero, 0)
         follow(averaged, student, config.ema, step)
     return stored(averaged, quantized)
+
+
+def _zeros(student: TorchGraph, quantized: Any, original: Any) -> list[tuple[Tensor, Tensor]]:
+    """Returns the weights with zeros in the float model, and where: they stay zero (sparsity)."""
+    numpy_helper = require_onnx().numpy_helper
+    links = Links(original.graph)
+    known = {node.name: node for node in original.graph.node}
+    held = []
+    for node in quantized.graph.node:
+        source = known.get(node.name)
+        if source is None or len(node.input) < 2 or node.input[1] not in student.trained:
+            continue
+        if len(source.input) < 2 or source.input[1] not in links.stored:
+            continue
+        weight = student.values[student.trained[node.input[1]]]
+        zero = torch.from_numpy(numpy_helper.to_array(links.stored[source.input[1]]) == 0)
+        if zero.shape == weight.shape and bool(zero.any()):
+            held.append((weight, zero))
+    return held
 
 
 def _expect_same(model: Any, runner: Any, tensor: Any) -> None:
