@@ -151,6 +151,8 @@ class _Hunt:
             workshop.entered.spec.input_hw,
             int(plan["passes"]),
             len(workshop.photos.train_paths),
+            workshop.job.core,
+            wanted.bytes_max,
         )
         with locked(self.folder / LOCK_FILE):
             if not self.study.get_trials(deepcopy=False):

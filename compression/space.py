@@ -26,6 +26,7 @@ CALIBRATION_MIN: Final = 24
 BATCH: Final = 8
 REFINE_PART: Final = 0.25
 """Photo passes of refining INT8, as a part of the longest training."""
+NONE: Final = "none"
 SMALLER: Final = (0.75, 0.5)
 SIDE_STEP: Final = 32
 SIDE_MIN: Final = 96
@@ -54,6 +55,8 @@ class Space:
         whole_hw: The original's.
         passes: Photo passes of the longest training.
         photos: To learn from.
+        core: That the model is for.
+        bytes_max: What the file may have, where that is a target.
     """
 
     kinds: tuple[str, ...]
@@ -61,6 +64,8 @@ class Space:
     whole_hw: tuple[int, int]
     passes: int
     photos: int
+    core: str = "x86-64"
+    bytes_max: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Knobs:
     """How a search handles one kind of step.
 
     Attributes:
-        place: ``body``: in any order among its like; ``train``: after those; ``last``: at the end.
+        place: ``body``: in any order among its like; ``train``: after those; ``last``: one at most
+            of its like, at the end.
         settings: Chooses the settings; the kind itself is added.
     """
 
@@ -111,6 +117,18 @@ def _prune(draw: Draw) -> Settings:
     }
 
 
+def _factorise(draw: Draw) -> Settings:
+    return {
+        "energy": draw.pick.suggest_float("factorise.energy", 0.85, 0.99, step=0.02),
+        "cost": draw.space.core if draw.space.core.startswith("cortex") else "macs",
+        "photos": PRUNE_PHOTOS,
+    }
+
+
+def _activations(draw: Draw) -> Settings:
+    return {"to": draw.pick.suggest_categorical("activations.to", ("relu", "relu6"))}
+
+
 def _distill(draw: Draw) -> Settings:
     length = draw.pick.suggest_categorical("distill.length", (0.5, 1.0))
     return {
@@ -122,19 +140,31 @@ def _distill(draw: Draw) -> Settings:
 
 def _quantize(draw: Draw) -> Settings:
     refine = draw.pick.suggest_categorical("quantize.refine", (0.0, REFINE_PART))
-    return {
+    size: Settings = {}
+    if draw.space.bytes_max is not None and draw.pick.suggest_categorical(
+        "quantize.fit", (False, True)
+    ):
+        size = {"bytes_max": draw.space.bytes_max}  # with fewer bits where they harm least
+    return size | {
         "photos": draw.some(min(CALIBRATION_PHOTOS, draw.space.photos), CALIBRATION_MIN),
         "integer_share_min": draw.pick.suggest_categorical("quantize.share", (0.8, 0.9, 0.98)),
         "refine": draw.some(refine * draw.space.passes, BATCH) if refine else 0,
     }
 
 
+def _half(draw: Draw) -> Settings:
+    return {}
+
+
 KNOBS: Final[dict[str, Knobs]] = {
+    "activations": Knobs("body", _activations),
+    "factorise": Knobs("body", _factorise),
     "prune": Knobs("body", _prune),
     "distill": Knobs("train", _distill),
     "quantize": Knobs("last", _quantize),
+    "half": Knobs("last", _half),
 }
-"""Kind of step -> how a search handles it."""
+"""Kind of step -> how a search handles it. Zeros alone (``sparsify``) save neither cost nor size."""
 FIRST: Final[tuple[dict[str, Any], ...]] = (
     {"use": ("quantize",)},
     {"use": ("prune", "distill", "quantize"), "prune.left": 0.5, "prune.align": 16},
@@ -164,12 +194,31 @@ def first_choices(space: Space) -> list[dict[str, Any]]:
     for seed in FIRST:
         used = [kind for kind in seed["use"] if kind in space.kinds]
         values: dict[str, Any] = {f"use.{kind}": kind in used for kind in space.kinds}
+        last = _last_kinds(space)
+        if len(last) > 1:
+            values = {k: v for k, v in values.items() if k.removeprefix("use.") not in last}
+            values["last"] = next((kind for kind in last if kind in used), NONE)
         values |= {k: v for k, v in seed.items() if k.partition(".")[0] in used}
         if len(space.sizes) > 1:
             values["input"] = size_text(space.whole_hw)
         if used and values not in found:
             found.append(values)
     return found
+
+
+def _last_kinds(space: Space) -> tuple[str, ...]:
+    return tuple(kind for kind in space.kinds if KNOBS[kind].place == "last")
+
+
+def _used(pick: Pick, space: Space) -> list[str]:
+    """Chooses which steps there are."""
+    last = _last_kinds(space)
+    single = last if len(last) > 1 else ()
+    each = [kind for kind in space.kinds if kind not in single]
+    used = [kind for kind in each if pick.suggest_categorical(f"use.{kind}", (True, False))]
+    if single and (kind := pick.suggest_categorical("last", (*single, NONE))) != NONE:
+        used.append(kind)
+    return used
 
 
 def draw_recipe(
@@ -196,7 +245,7 @@ def draw_recipe(
         hw = space.sizes[0]
     area = hw[0] * hw[1] / (space.whole_hw[0] * space.whole_hw[1])
     draw = Draw(pick, space, share, area)
-    used = [k for k in space.kinds if pick.suggest_categorical(f"use.{k}", (True, False))]
+    used = _used(pick, space)
     chosen = {kind: {"kind": kind, **KNOBS[kind].settings(draw)} for kind in used}
     order = list(_body_order(pick, [k for k in used if KNOBS[k].place == "body"]))
     for place in ("train", "last"):

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .settings import STEP_KINDS, Strict
+from .settings import Strict
+from .space import known_kinds
 
 BYTE_UNITS: Final = {
     "": 1,
@@ -110,10 +111,10 @@ class Search(Strict):
         if not self.limits:
             message = "one of cost_max, bytes_max, ap_loss_max in [search], found none"
             raise ValueError(message)
-        wrong = [kind for kind in self.kinds or () if kind not in STEP_KINDS or kind == "verify"]
+        known = known_kinds()
+        wrong = [kind for kind in self.kinds or () if kind not in known]
         if wrong:
-            known = ", ".join(kind for kind in STEP_KINDS if kind != "verify")
-            message = f"search.kinds out of {known}, found {wrong[0]!r}"
+            message = f"kinds out of {', '.join(known)}, found {wrong[0]!r}"
             raise ValueError(message)
         return self
 

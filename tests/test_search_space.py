@@ -61,8 +61,20 @@ def test_whatever_is_drawn_is_a_recipe_with_quantizing_at_its_end() -> None:
     assert {hw for hw, _ in found} == {WHOLE, (320, 320)}
 
 
+def test_one_step_at_most_writes_the_file_and_it_is_last() -> None:
+    found = draws(space_of(("prune", "quantize", "half")))
+    ends = [[s["kind"] for s in steps if KNOBS[s["kind"]].place == "last"] for _, steps in found]
+    assert {tuple(kinds) for kinds in ends} == {("quantize",), ("half",), ()}
+
+
+def test_a_size_that_is_asked_for_may_be_had_by_fewer_bits() -> None:
+    one = Space(("quantize",), (WHOLE,), WHOLE, 900, 400, "cortex-a76", 500_000)
+    sizes = {step.get("bytes_max") for _, steps in draws(one) for step in steps}
+    assert sizes == {None, 500_000}
+
+
 def test_every_kind_it_knows_is_a_step() -> None:
-    assert set(KNOBS) <= set(STEPS)
+    assert set(known_kinds()) <= set(STEPS)
     assert known_kinds(("quantize", "prune")) == ("prune", "quantize")
 
 
