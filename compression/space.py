@@ -164,7 +164,7 @@ KNOBS: Final[dict[str, Knobs]] = {
     "quantize": Knobs("last", _quantize),
     "half": Knobs("last", _half),
 }
-"""Kind of step -> how a search handles it. Zeros alone (``sparsify``) save neither cost nor size."""
+"""Kind of step -> how a search handles it. Zeros alone (``sparsify``) save no cost and no bytes."""
 FIRST: Final[tuple[dict[str, Any], ...]] = (
     {"use": ("quantize",)},
     {"use": ("prune", "distill", "quantize"), "prune.left": 0.5, "prune.align": 16},
