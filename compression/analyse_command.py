@@ -22,11 +22,12 @@ from ..models.heads import HEADS
 from ..models.machine import machine
 from ..models.spec import ModelSpec
 from ..models.zoo import MODEL_HELP, SHIPPED, model_path
-from .analyse import Traced, count_costs
+from .analyse import count_costs
 from .analyse_report import as_text, report_of
 from .calibrate import read_photos
 from .layer_sensitivity import ApLoss, Disagreement, Judge, Kept, Variants, measurement_key, scan
 from .redundancy import OfActivations, of_activations, of_weights
+from .traced import Traced
 
 DESCRIPTION = """\
 Says where the fat is in an ONNX detector before anything is cut: what every layer costs, with

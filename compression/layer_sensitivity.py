@@ -23,10 +23,11 @@ from ..models.graph import opset_of, require_onnx
 from ..models.metrics import PER_PHOTO_MAX
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
-from .analyse import LAYER_OPS, Layer, Traced
+from .analyse import Layer
 from .calibrate import best_grid, session
 from .fidelity import Fidelity
 from .redundancy import OfActivations, energy_rank, float_weight, matrices, stored_form
+from .traced import LAYER_OPS, Traced
 
 TREATMENTS = ("prune", "factorise", "quantize")
 PRUNED_PART = 0.25

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from ..models.detections import FloatArray
 from ..models.graph import require_onnx
-from .analyse import LAYER_OPS, Layer, Traced
+from .analyse import Layer
 from .calibrate import session
+from .traced import LAYER_OPS, Traced
 
 LEVELS = 256
 ENERGY = 0.99

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from edgesight.compression.analyse import Costs, Traced, count_costs
+from edgesight.compression.analyse import Costs, count_costs
 from edgesight.compression.calibrate import Grid
 from edgesight.compression.onnx_io import tidy
 from edgesight.compression.qdq import insert, plan_layout
@@ -23,6 +23,7 @@ from edgesight.compression.redundancy import (
     of_weights,
     stored_form,
 )
+from edgesight.compression.traced import Traced
 from edgesight.models.errors import ModelFileError
 from edgesight.models.graph import load_model, node_macs, parameters
 from edgesight.models.zoo import shipped, shipped_float
@@ -212,6 +213,27 @@ def test_quantized_files_are_counted_like_their_float_form() -> None:
             assert float_layer.activation_bytes == 4 * layer.activation_elements
     assert after.weight_bytes < 0.5 * before.weight_bytes
     assert {"QuantizeLinear", "DequantizeLinear"} <= {o.op for o in after.others}
+
+
+def test_integer_convolutions_are_counted_too() -> None:
+    """As ONNX Runtime's own static quantization writes them (QOperator)."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["in", "s", "z"], ["a"], "quantize"),
+        helper.make_node(
+            "QLinearConv", ["a", "s", "z", "w", "s", "wz", "s", "z", "b"], ["b8"], "conv"
+        ),
+        helper.make_node("DequantizeLinear", ["b8", "s", "z"], ["out"], "dequantize"),
+    ]
+    stored = {
+        "s": np.array(0.1, np.float32),
+        "z": np.array(128, np.uint8),
+        "wz": np.array(0, np.int8),
+        "w": np.arange(12, dtype=np.int8).reshape(4, 3, 1, 1),
+        "b": np.zeros(4, np.int32),
+    }
+    (layer,) = costs_of(graph(nodes, stored, [1, 3, 8, 8])).layers
+    assert (layer.macs, layer.parameters, layer.activation_bytes) == (768, 16, 256)
+    assert layer.quantized
 
 
 @pytest.mark.parametrize("file", [shipped, shipped_float])

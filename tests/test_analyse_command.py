@@ -15,11 +15,12 @@ import onnx
 import pytest
 from edgesight.__main__ import main
 from edgesight.compression import layer_sensitivity
-from edgesight.compression.analyse import Traced, count_costs
+from edgesight.compression.analyse import count_costs
 from edgesight.compression.calibrate import read_photos
 from edgesight.compression.layer_sensitivity import Disagreement, Variants
 from edgesight.compression.onnx_io import save_model
 from edgesight.compression.redundancy import of_activations
+from edgesight.compression.traced import Traced
 from edgesight.models.dataset import load_image
 from edgesight.models.detector import OnnxDetector
 from onnx import helper, numpy_helper
