@@ -157,7 +157,8 @@ class SparsifyStep(Strict):
         method: Which go: the smallest by ``magnitude``, by ``gradient`` of what the network says,
             by ``taylor`` (weight times gradient); or all below a ``threshold``.
         sparsity: Part of the weights to be zero afterwards, those counted that are already.
-        scope: ``layer``: the same part of each; ``global``: the smallest of all layers together.
+        scope: ``layer``: that part of each layer but the depthwise ones; ``global``: the smallest
+            of all layers together.
         pattern: ``N:M``, as ``2:4``: of every M input channels N stay, instead of ``sparsity``.
         threshold: Of ``method = "threshold"``: smaller weights go.
         relative: The threshold counts in root mean square weights of each layer.

@@ -203,8 +203,9 @@ def _notes(
         notes.append("2:4 is what the sparse tensor cores of NVIDIA GPUs read (with TensorRT)")
     if figures["zeros_after"] == zeros:
         notes.insert(0, f"nothing became zero: {zeros} of {figures['weights']} weights were before")
-    alone = [n for n, w in weights_of(net).items() if not takes_part(w, config)]
+    weights = weights_of(net)
+    alone = [name for name, weight in weights.items() if not takes_part(weight, config)]
     if alone:
         why = "too few input channels" if config.pattern is not None else "depthwise"
-        notes.append(f"left alone: {len(alone)} layers ({why})")
+        notes.append(f"left dense: {len(alone)} of {len(weights)} layers ({why})")
     return tuple(notes)

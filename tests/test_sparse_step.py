@@ -27,7 +27,7 @@ from onnx import numpy_helper
 HERE = Path(__file__).parent
 tools: Any = runpy.run_path(str(HERE / "tiny_recipe.py"))
 SPARSIFY = {"kind": "sparsify", "photos": 6}
-QUANTIZE = {"kind": "quantize", "photos": 6}
+QUANTIZE = {"kind": "quantize", "photos": 6, "refine": 160}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -115,7 +115,7 @@ def test_a_threshold_goes_by_size_alone(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def to_int8(base: Path) -> RunResult:
-    """Two of four, then to integers."""
+    """Two of four, then to integers, which are trained."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     result = run(recipe(base, [SPARSIFY | {"pattern": "2:4"}, QUANTIZE], out="int8"))
@@ -150,7 +150,7 @@ def test_the_report_says_what_zeros_win_and_what_not(to_int8: RunResult) -> None
     text = " ".join(report.notes)
     assert "zeros do not make a dense runtime faster" in text
     assert "2:4 is what the sparse tensor cores" in text
-    assert "left alone: 1 layers (too few input channels)" in text
+    assert "left dense: 1 of 7 layers (too few input channels)" in text
     before, after = (report.figures["bytes"][k] for k in ("before", "after"))
     assert after["float"] == pytest.approx(before["float"], rel=0.02), "as it lies: no smaller"
     assert after["float_deflated"] < 0.75 * before["float_deflated"]
@@ -175,6 +175,26 @@ def test_a_sparse_step_after_another_goes_on_from_its_zeros(base: Path) -> None:
     last = both.rows[3].report
     assert last is not None
     assert "nothing became zero" in last.notes[0]
+
+
+def test_zeros_stay_while_the_others_learn(base: Path) -> None:
+    steps = [SPARSIFY, tools["DISTILL"] | {"photos": 48, "labels": "none"}]
+    sparse = run(recipe(base, steps[:1], out="learned")).state.net
+    learned = run(recipe(base, steps, out="learned")).state.net
+    for name, weight in weights_of(learned).items():
+        before = weights_of(sparse)[name]
+        assert ((weight == 0) == (before == 0)).all(), name
+        assert (weight != before).any(), name
+
+
+def test_any_onnx_file_can_be_made_sparse(base: Path) -> None:
+    kit: Any = runpy.run_path(str(HERE / "prune_kit.py"))
+    kit["write_onnx"](base / "foreign.onnx")
+    wanted = recipe(base, [SPARSIFY], model={"file": "foreign.onnx"}, out="foreign")
+    result = run(wanted)
+    stored = sum(int((w == 0).sum()) for w in conv_weights(result.final))
+    assert stored == figures(result)["zeros_after"] >= 0.49 * figures(result)["weights"]
+    assert run(wanted).rows[1].resumed
 
 
 def test_a_broken_off_run_ends_with_the_same_file(base: Path) -> None:
@@ -216,8 +236,9 @@ def test_goals_out_of_reach_and_wrong_orders_are_one_line(base: Path) -> None:
     with pytest.raises(RecipeError, match="2:64 needs layers of 64 input channels"):
         run(recipe(base, [SPARSIFY | {"pattern": "2:64"}], out="far"))
     assert not list((base / "far").rglob("state.json"))
-    with pytest.raises(RecipeError, match="prune before sparsify"):
-        recipe(base, [SPARSIFY, tools["PRUNE"]])
+    for late in ("prune", "factorise"):
+        with pytest.raises(RecipeError, match=f"{late} before sparsify"):
+            recipe(base, [SPARSIFY, {"kind": late}])
 
 
 def test_the_shipped_detector_comes_out_sparse_and_comes_in_again(tmp_path: Path) -> None:
