@@ -42,7 +42,7 @@ def label_loss(
     net: DetectorNet,
     levels: Sequence[Tensor],
     targets: Sequence[Targets],
-    known: Tensor | None = None,
+    silent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the score term and the box term of a batch, each a scalar.
 
@@ -50,8 +50,7 @@ def label_loss(
         net: Whose raw maps they are.
         levels: Raw maps, finest first.
         targets: One entry per photo of the batch.
-        known: bool ``(classes,)``: those that were looked for; None: all. Where no box is, silence
-            is asked of these alone.
+        silent: bool ``(classes,)``: where no box is, silence is asked of these; None: of all.
     """
     cells = read_cells(net, levels)
     score_terms, box_terms = levels[0].new_zeros(()), levels[0].new_zeros(())
@@ -75,7 +74,7 @@ def label_loss(
         if cells.objectness is not None:
             best = quality.amax(1)
             wrong = (cells.objectness[k].detach().sigmoid() - best).square()
-            if known is not None:  # what lies there may be of a class that nobody looked for
+            if silent is not None and not bool(silent.all()):  # what lies there may be of another
                 wrong = wrong * (best > 0)
             bce = F.binary_cross_entropy_with_logits
             score_terms = (
@@ -83,8 +82,8 @@ def label_loss(
             )
             error = error * (best > 0).float()[:, None]
             quality = (quality > 0).float()
-        if known is not None:
-            error = error * known
+        if silent is not None:
+            error = error * (silent | (quality > 0))
         loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
         score_terms = score_terms + (loss * error).sum()
     total = parallel.total(total).clamp_min(1.0)

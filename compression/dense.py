@@ -21,6 +21,10 @@ from . import parallel
 from .assign import Cells, giou
 from .distill import bernoulli_divergence
 
+PROBABILITY_MIN = 1e-6
+"""Scores are brought over as if none were closer to 0 or 1. They are blended as scores: between a
+cell that is sure and one that is not, their logits would be sure of nothing."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -75,7 +79,7 @@ def resample(
         our_places: Where each picture lies in the student's input.
     """
     device = ours.logits.device
-    all_logits = shown_logits(theirs)[..., columns]
+    score = shown_logits(theirs)[..., columns].sigmoid()
     scale_t, shift_t, _ = _geometry(their_places, device)
     scale_s, shift_s, size = _geometry(our_places, device)
     point = (ours.centre[None] - shift_s[:, None]) / scale_s[:, None]  # in picture pixels
@@ -83,29 +87,33 @@ def resample(
     asked = point * scale_t[:, None] + shift_t[:, None]
     boxes = (theirs.boxes - shift_t.repeat(1, 2)[:, None]) / scale_t.repeat(1, 2)[:, None]
     boxes = boxes * scale_s.repeat(1, 2)[:, None] + shift_s.repeat(1, 2)[:, None]
+    ratios = (scale_t / scale_s).prod(1).sqrt().tolist()
     starts = _starts(their_shapes)
-    strides = [float(theirs.stride[start]) for start in starts]
-    ratio = _size_ratio(theirs, ours)
+    strides = theirs.stride[starts].tolist()
     found, places = [], []
-    for start, (rows, cols) in zip(_starts(our_shapes), our_shapes, strict=True):
-        wanted = math.log(float(ours.stride[start]) * ratio)
-        level = min(range(len(strides)), key=lambda k: abs(math.log(strides[k]) - wanted))
-        first, (h, w) = starts[level], their_shapes[level]
-        offset = theirs.centre[first] / strides[level]
-        cell = asked[:, start : start + rows * cols] / strides[level] - offset
-        last = torch.tensor([w - 1, h - 1], device=device).clamp_min(1)
-        grid = (2 * cell / last - 1)[:, None]  # (b, 1, n, 2)
-        at = slice(first, first + h * w)
-        found.append(_sampled(all_logits[:, at], (h, w), grid, "bilinear"))
-        places.append(_sampled(boxes[:, at], (h, w), grid, "nearest"))
-    return Dense(torch.cat(found, 1), torch.cat(places, 1), inside.float())
+    for k, ratio in enumerate(ratios):
+        scores_k, boxes_k = [], []
+        for start, (rows, cols) in zip(_starts(our_shapes), our_shapes, strict=True):
+            wanted = math.log(float(ours.stride[start]) * ratio)
+            level = min(range(len(strides)), key=lambda n: abs(math.log(strides[n]) - wanted))
+            first, (h, w) = starts[level], their_shapes[level]
+            offset = theirs.centre[first] / strides[level]
+            cell = asked[k, start : start + rows * cols] / strides[level] - offset
+            last = torch.tensor([w - 1, h - 1], device=device).clamp_min(1)
+            grid = (2 * cell / last - 1)[None, None]
+            at = slice(first, first + h * w)
+            scores_k.append(_sampled(score[k, at], (h, w), grid, "bilinear"))
+            boxes_k.append(_sampled(boxes[k, at], (h, w), grid, "nearest"))
+        found.append(torch.cat(scores_k))
+        places.append(torch.cat(boxes_k))
+    shown = torch.stack(found).clamp(PROBABILITY_MIN, 1 - PROBABILITY_MIN)
+    return Dense(torch.logit(shown), torch.stack(places), inside.float())
 
 
 def _sampled(values: Tensor, shape: tuple[int, int], grid: Tensor, mode: str) -> Tensor:
-    """Returns one level's values ``(b, cells, k)`` at points ``(b, 1, n, 2)`` as ``(b, n, k)``."""
-    maps = values.transpose(1, 2).reshape(len(values), -1, *shape)
-    taken = F.grid_sample(maps, grid, mode, "border", align_corners=True)
-    return taken[:, :, 0].transpose(1, 2)
+    """Returns one level's values ``(cells, k)`` at points ``(1, 1, n, 2)`` as ``(n, k)``."""
+    maps = values.T.reshape(1, -1, *shape)
+    return F.grid_sample(maps, grid, mode, "border", align_corners=True)[0, :, 0].T
 
 
 def dense_loss(
@@ -142,11 +150,3 @@ def _starts(shapes: Sequence[tuple[int, int]]) -> list[int]:
         starts.append(cell)
         cell += rows * cols
     return starts
-
-
-def _size_ratio(theirs: Cells, ours: Cells) -> float:
-    """Returns how many times as large the teacher's input is, by side."""
-    areas = [
-        len(c.stride[c.stride == c.stride[0]]) * float(c.stride[0]) ** 2 for c in (theirs, ours)
-    ]
-    return math.sqrt(areas[0] / areas[1])

@@ -26,6 +26,7 @@ from ..models.nets.common import DetectorNet
 from ..models.preprocess import Image
 from ..models.spec import ModelSpec
 from .assign import Targets, label_loss, read_cells
+from .chain import whole_name
 from .data import TEACHER_SCORE
 from .dense import dense_loss, resample
 from .distill import Adapters, FeatureTap, feature_loss, output_loss
@@ -126,9 +127,10 @@ class Twin:
 
     def _widths(self, student: DetectorNet) -> dict[str, tuple[int, int]]:
         """Returns layers of the same name whose widths differ: the student's and the teacher's."""
-        own = {n: m for n, m in self.net.named_modules() if isinstance(m, nn.Conv2d)}
+        own = {whole_name(n): m for n, m in self.net.named_modules() if isinstance(m, nn.Conv2d)}
         widths = {}
-        for name, conv in student.named_modules():
+        for place, conv in student.named_modules():
+            name = whole_name(place)
             if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or name not in own:
                 continue
             theirs = len(self._rows[name]) if name in self._rows else own[name].out_channels
@@ -221,7 +223,9 @@ class Panel:
         self.members, self._student = tuple(members), student
         self.views = tuple(m.spec for m in members)
         self._voters = voters([m.to_student for m in members], len(student.classes))
-        self._known = torch.from_numpy(self._voters > 0)
+        # Where no box is found, a member whose cells are read says itself how sure it is of none.
+        read = any(m.net is not None for m in members)
+        self._silent = torch.from_numpy((self._voters > 0) & (not read))
 
     def describe(self) -> list[str]:
         """Returns the files and what they are given."""
@@ -232,7 +236,7 @@ class Panel:
         for member in self.members:
             if member.net is not None:
                 member.net.eval().to(device).to(memory_format=torch.channels_last)
-        self._known = self._known.to(device)
+        self._silent = self._silent.to(device)
 
     def look(self, images: Tensor, views: Sequence[View]) -> _Opinion:
         """Returns the boxes and cells that the members see."""
@@ -268,8 +272,7 @@ class Panel:
             _targets(found, place.to_input(found.xyxy), device)
             for found, place in zip(goal.boxes, batch.placements, strict=True)
         ]
-        known = None if bool(self._known.all()) else self._known
-        scores, boxes = label_loss(student, seen.output, targets, known)
+        scores, boxes = label_loss(student, seen.output, targets, self._silent)
         return [*result, ("found", scores + boxes)]
 
     def close(self) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from edgesight.compression.cut import cut
 from edgesight.compression.distill import (
+    Adapters,
     FeatureTap,
     bernoulli_divergence,
     feature_loss,
     output_loss,
+    softmax_divergence,
 )
 from edgesight.compression.groups import find_groups
 from edgesight.compression.levels import take_apart
@@ -32,12 +34,41 @@ def maps(net: Any, seed: int, scale: float = 3.0) -> list[Tensor]:
     return [scale * torch.randn(2, width, s, s, generator=generator) for s in (8, 4)]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("net", [YOLOX, NANODET])
-def test_nothing_for_equal_something_for_different(net: Any) -> None:
-    same = output_loss(net, maps(net, 0), maps(net, 0))
+def test_nothing_for_equal_something_for_different(net: Any, temperature: float) -> None:
+    same = output_loss(net, maps(net, 0), maps(net, 0), temperature)
     assert [float(term) for term in same] == [0.0, 0.0]
-    other = output_loss(net, maps(net, 1), maps(net, 0))
+    other = output_loss(net, maps(net, 1), maps(net, 0), temperature)
     assert all(float(term) > 0 for term in other)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergences_are_of_softened_probabilities(temperature: float) -> None:
+    """Never of raw outputs: KL on log-softmax and log-sigmoid, times the temperature's square."""
+    generator = torch.Generator().manual_seed(0)
+    ours, goal = (3 * torch.randn(5, 4, generator=generator) for _ in range(2))
+    kl = torch.distributions.kl_divergence
+    choice = [torch.distributions.Categorical(logits=x / temperature) for x in (goal, ours)]
+    wanted = kl(*choice) * temperature**2
+    torch.testing.assert_close(softmax_divergence(ours, goal, 1, temperature), wanted)
+    shifted = softmax_divergence(ours + 7, goal - 2, 1, temperature)
+    torch.testing.assert_close(shifted, wanted, atol=1e-4, rtol=1e-4)
+    question = [torch.distributions.Bernoulli(logits=x / temperature) for x in (goal, ours)]
+    wanted = kl(*question) * temperature**2
+    torch.testing.assert_close(bernoulli_divergence(ours, goal, temperature), wanted)
+
+
+def test_a_temperature_keeps_the_size_of_gradients() -> None:
+    """The square of the temperature makes up for the softening (arXiv 1503.02531, section 2.1)."""
+    sizes = []
+    for temperature in (20.0, 40.0):
+        ours = torch.tensor([[0.3, -0.2, 0.1]], requires_grad=True)
+        goal = torch.tensor([[0.5, 0.4, -0.9]])
+        softmax_divergence(ours, goal, 1, temperature).sum().backward()  # type: ignore[no-untyped-call]
+        assert ours.grad is not None
+        sizes.append(float(ours.grad.norm()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 
 
 @pytest.mark.parametrize("net", [YOLOX, NANODET])
@@ -159,3 +190,26 @@ def test_features_are_compared_in_the_rows_that_are_left() -> None:
     with torch.no_grad():
         small(x)
     assert mine.take() == {}
+
+
+def test_features_of_another_width_are_learned_through_an_adapter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(64, 12, generator=generator)
+    basis = torch.randn(12, 6, generator=generator)
+    student = {"a": (wide @ basis)[..., None, None], "b": torch.zeros(1)}
+    teacher = {"a": wide[..., None, None]}
+    assert float(feature_loss(student, teacher)) == 0, "other shapes cannot be compared"
+    adapters = Adapters({"a": (6, 12)}, seed=1)
+    optimizer = torch.optim.Adam(adapters.parameters(), 0.03)
+    losses = []
+    for _ in range(200):
+        loss = feature_loss(adapters(student), teacher)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 < losses[0]  # six of twelve directions can be had
+    again = Adapters({"a": (6, 12)}, seed=1)
+    first = [Adapters({"a": (6, 12)}, seed=1).convs[0].weight, again.convs[0].weight]
+    assert torch.equal(*first), "the first weights depend on the seed alone"
+    assert adapters(student)["b"] is student["b"]

@@ -1,0 +1,336 @@
+"""Teachers of another kind: what they see arrives in the student's cells and classes."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from edgesight.compression.assign import read_cells
+from edgesight.compression.dense import Dense, dense_loss, resample, shown_logits
+from edgesight.compression.fuse import fuse_boxes
+from edgesight.compression.photos import Batch, PhotoStream
+from edgesight.compression.teachers import (
+    FusedDetector,
+    Panel,
+    Seen,
+    Stranger,
+    Twin,
+    class_table,
+    is_twin,
+)
+from edgesight.compression.train import TrainConfig, train
+from edgesight.models.detections import Detections
+from edgesight.models.detector import OnnxDetector
+from edgesight.models.errors import RecipeError
+from edgesight.models.heads import HEADS, grid_hw
+from edgesight.models.nets.common import DetectorNet
+from edgesight.models.nets.yolox import YOLOX
+from edgesight.models.preprocess import Placement, fit
+from edgesight.models.spec import ModelSpec
+from torch import Tensor, nn
+
+kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("prune_kit.py"))))
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSES = ("person", "cat")
+PICTURE_WH = (200, 100)
+BOX = np.array([[60.0, 20.0, 124.0, 68.0]], np.float32)
+
+
+def net_of(head: str) -> Any:
+    return SimpleNamespace(spec_head=head, strides=HEADS[head].strides, num_classes=2)
+
+
+def spec_of(head: str, input_hw: tuple[int, int], resize: str) -> ModelSpec:
+    return ModelSpec(head, input_hw, CLASSES, strides=HEADS[head].strides, resize=resize)
+
+
+def place_in(spec: ModelSpec) -> Placement:
+    return fit(np.zeros((PICTURE_WH[1], PICTURE_WH[0], 3), np.uint8), spec)[1]
+
+
+def maps(head: str, spec: ModelSpec, sure: float = 4.0) -> list[Tensor]:
+    """Raw maps of a network that sees one cat at ``BOX``, in the cells around its middle."""
+    box = torch.from_numpy(place_in(spec).to_input(BOX))[0]
+    middle = (box[:2] + box[2:]) / 2
+    levels = []
+    for number, stride in enumerate(spec.strides):
+        rows, columns = grid_hw(spec.input_hw, stride)
+        level = torch.full((1, 7 if head == "yolox" else 34, rows, columns), -8.0)
+        offset = 0.0 if head == "nanodet_plus" else 0.5
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        centre = (torch.stack([x, y], -1) + offset) * stride
+        away = ((centre - middle) / stride).square().sum(-1)
+        near = torch.full_like(away, number == 1, dtype=torch.bool)
+        logit = (sure - 1.5 * away).clamp_min(-8.0)[near]
+        if head == "yolox":
+            level[0, 4:][:, near] = torch.stack([logit, -8 + 0 * logit, logit])
+            cell = torch.stack([x, y], -1)
+            level[0, :2] = (middle / stride - cell).permute(2, 0, 1)
+            level[0, 2:4] = ((box[2:] - box[:2]) / stride).log()[:, None, None]
+        else:
+            level[0, 1][near] = logit
+            sides = torch.cat([centre - box[:2], box[2:] - centre], -1) / stride
+            bins = torch.arange(8.0)
+            # two neighbouring bins, as the distribution focal loss wants them
+            part = (1 - (sides[..., None].clamp(0, 7) - bins).abs()).clamp_min(1e-9).log()
+            level[0, 2:] = part.flatten(2).permute(2, 0, 1)
+        levels.append(level)
+    return levels
+
+
+KINDS = [
+    ("yolox", (96, 128), "letterbox_topleft"),
+    ("yolox", (160, 160), "letterbox_center"),
+    ("nanodet_plus", (128, 160), "stretch"),
+]
+
+
+def scale(spec: ModelSpec) -> float:
+    return float(np.sqrt(np.prod(place_in(spec).scale_xy)))
+
+
+def brought(teacher: tuple[Any, ...], student: tuple[Any, ...], sure: float = 4.0) -> Any:
+    """What a teacher says in the student's cells, and those cells."""
+    theirs, ours = spec_of(*teacher), spec_of(*student)
+    student_maps = maps(student[0], ours, sure)
+    cells = read_cells(net_of(student[0]), student_maps)
+    goal = resample(
+        read_cells(net_of(teacher[0]), maps(teacher[0], theirs)),
+        [grid_hw(theirs.input_hw, s) for s in theirs.strides],
+        [place_in(theirs)],
+        torch.tensor([0, 1]),
+        cells,
+        [grid_hw(ours.input_hw, s) for s in ours.strides],
+        [place_in(ours)],
+    )
+    return goal, cells, ours
+
+
+@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("teacher", KINDS)
+def test_a_teachers_cells_arrive_where_the_object_is(teacher: Any, student: Any) -> None:
+    """NanoDet-Plus into YOLOX and back, and from larger and smaller inputs."""
+    goal, cells, ours = brought(teacher, student)
+    score = goal.logits[0].sigmoid()
+    best = int(score[:, 1].argmax())
+    assert score[best, 1] > 0.8
+    assert score[:, 0].max() < 0.1
+    box = place_in(ours).to_input(BOX)[0]
+    np.testing.assert_allclose(goal.boxes[0, best].numpy(), box, atol=0.6)
+    middle = (box[:2] + box[2:]) / 2
+    stride = float(cells.stride[best])
+    assert np.abs(cells.centre[best].numpy() - middle).max() <= 2.5 * stride
+    ratio = stride / 16 * scale(spec_of(*teacher)) / scale(ours)
+    assert 2**-0.51 < ratio < 2**0.51, "cells of about the same size in the picture"
+    inside = goal.inside[0].bool()
+    width, height = place_in(ours).to_input(np.array([[0, 0, *PICTURE_WH]], np.float32))[0, 2:]
+    if ours.resize == "letterbox_topleft":
+        outside = (cells.centre[:, 0] > width + 1) | (cells.centre[:, 1] > height + 1)
+        assert outside.any()
+        assert not inside[outside].any()
+        assert inside[~outside & (cells.centre < torch.tensor([width, height]) - 1).all(1)].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_loss_for_who_says_the_same(kind: Any) -> None:
+    goal, cells, _ = brought(kind, kind)
+    scores, boxes = dense_loss(cells, torch.tensor([0, 1]), goal)
+    assert float(scores) == pytest.approx(0, abs=1e-4)
+    assert float(boxes) == pytest.approx(0, abs=1e-4)
+    for change in ("logits", "boxes"):
+        other = Dense(**{**vars(goal), change: getattr(goal, change) + 3})
+        terms = [float(term) for term in dense_loss(cells, torch.tensor([0, 1]), other)]
+        assert max(terms) > 0.01
+
+
+def test_a_confident_miss_costs_more_than_another_kind_of_head() -> None:
+    teacher, student = ("nanodet_plus", (96, 160), "stretch"), KINDS[1]
+    losses = []
+    for sure in (4.0, -8.0):
+        goal, cells, _ = brought(teacher, student, sure)
+        losses.append(float(dense_loss(cells, torch.tensor([0, 1]), goal)[0]))
+    assert losses[1] > 3 * losses[0]
+
+
+def test_the_shown_score_is_objectness_times_class() -> None:
+    cells = read_cells(net_of("yolox"), maps("yolox", spec_of(*KINDS[0])))
+    generator = torch.Generator().manual_seed(0)
+    o, c = (torch.randn(1, 5, k, generator=generator) * 3 for k in (1, 2))
+    made = SimpleNamespace(objectness=o[..., 0], logits=c)
+    wanted = (o.sigmoid() * c.sigmoid()).logit()
+    torch.testing.assert_close(shown_logits(made), wanted)  # type: ignore[arg-type]
+    extreme = SimpleNamespace(
+        objectness=torch.full((1, 1), -200.0), logits=torch.full((1, 1, 1), 90.0)
+    )
+    assert torch.isfinite(shown_logits(extreme)).all()  # type: ignore[arg-type]
+    assert shown_logits(cells).shape == cells.logits.shape
+
+
+def seen(*rows: tuple[float, float, float, float, float, int]) -> Detections:
+    table = np.array(rows, np.float32).reshape(-1, 6)
+    return Detections(table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
+
+
+def test_boxes_of_two_are_fused() -> None:
+    one = seen((0, 0, 10, 10, 0.9, 1), (50, 50, 60, 60, 0.8, 0))
+    two = seen((1, 0, 11, 10, 0.3, 1), (50, 50, 60, 60, 0.4, 1))
+    fused = fuse_boxes([one, two])
+    assert fused.label.tolist() == [1, 0, 1]
+    np.testing.assert_allclose(fused.score, [0.6, 0.4, 0.2], atol=1e-6)
+    np.testing.assert_allclose(fused.xyxy[0], [0.25, 0, 10.25, 10], atol=1e-5)
+    alone = fuse_boxes([one, two], np.array([1, 2]))
+    assert alone.score.tolist() == pytest.approx([0.8, 0.6, 0.2]), "only one knows class 0"
+    assert len(fuse_boxes([Detections.empty(), Detections.empty()])) == 0
+
+
+def test_classes_are_brought_together_by_name() -> None:
+    table = class_table("t.onnx", ("cat", "zebra", "motorbike"), ("motorcycle", "dog", "cat"))
+    assert table.tolist() == [2, -1, 0]
+    with pytest.raises(RecipeError, match=r"t\.onnx and the detector share no class") as caught:
+        class_table("t.onnx", ("zebra",), ("cat",))
+    assert "\n" not in str(caught.value)
+
+
+def test_who_is_a_twin() -> None:
+    spec = spec_of(*KINDS[0])
+    assert is_twin(spec.with_changes(name="other", nms_iou=0.5), spec)
+    for change in ({"input_hw": (64, 64)}, {"classes": ("cat", "person")}, {"color": "rgb"}):
+        assert not is_twin(spec.with_changes(**change), spec)
+
+
+def test_detectors_with_other_classes_as_one(tiny_onnx: Any) -> None:
+    """The fake sees the same in every picture: fused with itself it sees the same again."""
+    detector = OnnxDetector(tiny_onnx())
+    picture = np.zeros((64, 64, 3), np.uint8)
+    alone = detector(picture, 0.3)
+    classes = detector.spec.classes
+    twice = [(detector, np.arange(len(classes)))] * 2
+    both = FusedDetector(twice, detector.spec)(picture, 0.3)
+    assert sorted(both.label.tolist()) == sorted(alone.label.tolist())
+    np.testing.assert_allclose(np.sort(both.score), np.sort(alone.score), atol=1e-5)
+    assert len(alone)
+    none = [(detector, np.full(len(classes), -1))]
+    assert len(FusedDetector(none, detector.spec)(picture, 0.3)) == 0
+
+
+class Net(kit.Folded):  # type: ignore[misc]
+    """YOLOX's head on a few convolutions, sure of things here and there."""
+
+    def __init__(self, width: int = 16, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__(width)
+        self.eval()
+        with torch.no_grad():
+            for last in self.last:
+                last.weight.mul_(4)
+
+    def tail(self, levels: list[Tensor]) -> Tensor:
+        """Return [B, N, 7], as YOLOX's file has it."""
+        tail: Tensor = YOLOX.tail(self, levels)  # type: ignore[arg-type]
+        return tail
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(
+        **{"photos": 48, "batch": 4, "rate": 1e-2, "save_s": 1e9, "mixed": False, **changes}
+    )
+
+
+STUDENT = ModelSpec("yolox", (64, 64), CLASSES, mean=(114.0,) * 3, std=(60.0,) * 3)
+
+
+def weights(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def stranger(net: DetectorNet, input_hw: tuple[int, int]) -> Stranger:
+    spec = STUDENT.with_changes(input_hw=input_hw, resize="stretch")
+    return Stranger("t", "t", spec, net, None, np.array([0, 1]))
+
+
+def gap(net: DetectorNet, panel: Panel, stream: PhotoStream) -> dict[str, float]:
+    """The terms of the loss on a batch that was not trained on."""
+    batch: Batch = stream.make(99)
+    panel.begin(net, torch.device("cpu"), 0)
+    with torch.no_grad():
+        goal = panel.look(batch.images, batch.views)
+        terms = panel.terms(net, Seen(net(batch.images), {}), goal, batch, 1.0)
+    return {name: float(term) for name, term in terms}
+
+
+def test_a_student_learns_from_a_net_with_a_larger_input(
+    photos: list[Path], tmp_path: Path
+) -> None:
+    member = stranger(Net(24, 5), (96, 128))
+    panel = Panel([member], STUDENT)
+    stream = PhotoStream(photos, STUDENT, 4, views=panel.views)
+    net = Net(16, 1)
+    before = gap(net, panel, stream)
+    assert set(before) == {"scores", "boxes", "found"}
+    net = train(net, [panel], stream, config(photos=320), tmp_path / "c.pt", progress=False)
+    after = gap(net, panel, stream)
+    assert after["scores"] < 0.7 * before["scores"]
+    assert after["boxes"] < 0.9 * before["boxes"]
+
+
+def test_resumed_with_adapters_to_the_bit(photos: list[Path], tmp_path: Path) -> None:
+    def run(file: str, limit: int | None = None) -> DetectorNet:
+        net = Net(16, 1)
+        guides = [
+            Twin(Net(24), name="wide"),
+            Panel([stranger(Net(seed=3), (96, 96))], STUDENT),
+        ]
+        stream = PhotoStream(photos, STUDENT, 4, views=guides[1].views)
+        if limit is not None:
+            make = stream.make
+
+            def made(step: int) -> Batch:
+                if step == limit:
+                    raise KeyboardInterrupt
+                return make(step)
+
+            stream.make = made  # type: ignore[method-assign]
+        return train(net, guides, stream, config(), tmp_path / file, progress=False)
+
+    torch.manual_seed(0)
+    whole = run("whole.pt")
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        run("part.pt", 5)
+    saved = torch.load(tmp_path / "part.pt", weights_only=True)
+    assert saved["step"] == 5
+    assert len(saved["adapters"]) == 2 * 4, "stem and down differ in width, the heads do not"
+    torch.manual_seed(0)
+    resumed = run("part.pt")
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert {n for n, _ in resumed.named_parameters()} == {n for n, _ in Net().named_parameters()}
+
+
+def test_classes_that_no_teacher_knows_are_left_alone(photos: list[Path]) -> None:
+    full, half = (
+        Panel(
+            [Stranger("t", "t", STUDENT, Net(seed=5), None, np.array(table))],
+            STUDENT,
+        )
+        for table in ([0, 1], [-1, 1])
+    )
+    touched = []
+    for panel in (full, half):
+        net = Net(seed=1)
+        stream = PhotoStream(photos, STUDENT, 4, views=panel.views)
+        batch = stream.make(0)
+        panel.begin(net, torch.device("cpu"), 0)
+        with torch.no_grad():
+            goal = panel.look(batch.images, batch.views)
+        output = net(batch.images)
+        loss = sum(t for _, t in panel.terms(net, Seen(output, {}), goal, batch, 1.0))
+        gradients = torch.autograd.grad(loss, output)
+        touched.append([max(float(g[:, c].abs().max()) for g in gradients) for c in (5, 6)])
+    assert min(touched[0]) > 0
+    assert touched[1][0] == 0
+    assert touched[1][1] > 0
