@@ -18,6 +18,8 @@ OPSET = 17
 """Has what quantization needs, and every ONNX Runtime of a board reads it."""
 OPSET_MAX = 20
 IR_VERSION = 8
+PREPARING = ("image_cast", "image_planes", "image_color", "image_sub", "image_div")
+"""Names of the nodes that ``fold_preprocess`` puts in front."""
 
 
 def write_spec(model: Any, spec: ModelSpec) -> None:
@@ -125,30 +127,28 @@ def fold_preprocess(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
     old = graph.input[0].name
     height, width = spec.input_hw
     new = "image" if old != "image" else "image_bgr"
-    nodes = [
-        helper.make_node("Cast", [new], ["image_float"], "image_cast", to=onnx.TensorProto.FLOAT)
+    # Planes first: a number per channel then meets whole planes, and not pixels of three numbers,
+    # which takes ONNX Runtime forty times as many instructions (a third of a small INT8 detector).
+    # The last node's output keeps the name of the old input.
+    steps: list[tuple[str, str, dict[str, Any], Any]] = [
+        ("Cast", "image_cast", {"to": onnx.TensorProto.FLOAT}, None),
+        ("Transpose", "image_planes", {"perm": [0, 3, 1, 2]}, None),
     ]
-    steps: list[tuple[str, np.ndarray[Any, Any]]] = []
-    current = "image_float"
     if spec.color == "rgb":
-        index = np.array([2, 1, 0], np.int64)
-        graph.initializer.append(numpy_helper.from_array(index, "image_order"))
-        nodes.append(
-            helper.make_node(
-                "Gather", [current, "image_order"], ["image_rgb"], "image_color", axis=3
-            )
-        )
-        current = "image_rgb"
+        steps.append(("Gather", "image_color", {"axis": 1}, np.array([2, 1, 0], np.int64)))
     if any(spec.mean):
-        steps.append(("Sub", np.array(spec.mean, np.float32)))
+        steps.append(("Sub", "image_sub", {}, np.array(spec.mean, np.float32).reshape(1, 3, 1, 1)))
     if spec.std != (1.0, 1.0, 1.0):
-        steps.append(("Div", np.array(spec.std, np.float32)))
-    for op, value in steps:
-        name = f"image_{op.lower()}"
-        graph.initializer.append(numpy_helper.from_array(value, f"{name}_by"))
-        nodes.append(helper.make_node(op, [current, f"{name}_by"], [f"{name}_out"], name))
-        current = f"{name}_out"
-    nodes.append(helper.make_node("Transpose", [current], [old], "image_planes", perm=[0, 3, 1, 2]))
+        steps.append(("Div", "image_div", {}, np.array(spec.std, np.float32).reshape(1, 3, 1, 1)))
+    nodes = []
+    current = new
+    for op, name, attributes, value in steps:
+        inputs = [current]
+        if value is not None:
+            graph.initializer.append(numpy_helper.from_array(value, f"{name}_by"))
+            inputs.append(f"{name}_by")
+        current = old if name == steps[-1][1] else f"{name}_out"
+        nodes.append(helper.make_node(op, inputs, [current], name, **attributes))
     body = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *body])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..models.spec import ModelSpec
 from .calibrate import Grid, Seen, best_grid, chosen_photos, observe, sigmoid
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
 from .fidelity import Fidelity
+from .lean import lean
 from .onnx_io import tidy, write_spec
 from .qdq import CLIPPING_OPS, Layout, Links, insert, is_weighted, plan_layout
 from .rounding import round_weights
@@ -135,7 +136,7 @@ def quantize(
         message = "expected photos to calibrate on, found none; name a folder with some hundred"
         raise DatasetError(message)
     signed = TARGETS[config.target].signed
-    model = tidy(model)
+    model, exact = lean(tidy(model))
     stored = Links(model.graph).stored
     if not any(n.op_type == "Conv" and is_weighted(n, stored) for n in model.graph.node):
         message = "expected convolutions with stored weights, found none; export a detector"
@@ -148,7 +149,7 @@ def quantize(
     clipped = [n.input[0] for n in model.graph.node if n.op_type in CLIPPING_OPS]
     wanted = [*layout.tensors, *clipped]  # these get a grid where what clips them stays in float
     seen = observe(model, wanted, chosen, spec, seed=config.seed, progress=progress)
-    plain = Variant(model, seen, frozenset(), 0.0)
+    plain = Variant(model, seen, frozenset(), 0.0, exact=exact)
     report: dict[str, Any] = {
         "target": config.target,
         "activations": "int8" if signed else "uint8",
@@ -168,7 +169,7 @@ def quantize(
         factor = channel_factors(model, labels, seen, layout.group, strength)
         scaled = rescale(model, labels, factor)
         ranges = rescaled_seen(seen, labels, factor, scaled)
-        return Variant(scaled, ranges, frozenset(), strength)
+        return Variant(scaled, ranges, frozenset(), strength, exact=exact)
 
     best = search.measured("equalised", equalised(STRENGTHS[0]))
     for count in progress(FIRST_COUNTS, desc="first in float"):
@@ -183,7 +184,7 @@ def quantize(
             model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec
         )
         left = plan_layout(best.model, first)
-        grids = find_grids(best.model, left, best.seen, best.known)
+        grids = find_grids(best.model, left, best.seen, best.known, exact)
         sensitive = scan(best.model, left, grids, meter, progress=progress)
         report["noisiest"] = {s.group: _rounded(s.noise) for s in sensitive[:SHOWN]}
         for count in progress(NOISIEST_COUNTS, desc="noisiest in float"):
@@ -259,6 +260,7 @@ class Variant:
         strength: Of the equalisation.
         loss: Disagreement with the float model, 0..1.
         known: Grids found so far.
+        exact: Tensor -> the grid that holds its values without error.
     """
 
     model: Any
@@ -267,11 +269,12 @@ class Variant:
     strength: float
     loss: float = 1.0
     known: KnownGrids = field(default_factory=dict)
+    exact: Mapping[str, Grid] = field(default_factory=dict)
 
     def inserted(self, signed: bool) -> Any:
         """Returns the QDQ graph."""
         layout = plan_layout(self.model, self.float_nodes)
-        grids = find_grids(self.model, layout, self.seen, self.known)
+        grids = find_grids(self.model, layout, self.seen, self.known, self.exact)
         fitted, weights = round_weights(self.model, layout, grids, self.seen)
         return insert(fitted, layout, grids, signed=signed, weights=weights)
 
@@ -311,11 +314,16 @@ def _rounded(value: float) -> float:
 
 
 def find_grids(
-    model: Any, layout: Layout, seen: dict[str, Seen], known: KnownGrids | None = None
+    model: Any,
+    layout: Layout,
+    seen: dict[str, Seen],
+    known: KnownGrids | None = None,
+    exact: Mapping[str, Grid] | None = None,
 ) -> dict[str, Grid]:
     """Returns the best grid of every group of tensors that share one.
 
-    ``known`` keeps what was found, so that a layout that differs a little costs little.
+    ``known`` keeps what was found, so that a layout that differs a little costs little. ``exact``
+    are grids that need no search.
     """
     known = {} if known is None else known
     links = Links(model.graph)
@@ -324,6 +332,9 @@ def find_grids(
         members.setdefault(layout.group[name], []).append(name)
     grids: dict[str, Grid] = {}
     for first, names in members.items():
+        if exact and all(name in exact for name in names):
+            grids[first] = exact[first]
+            continue
         if tuple(names) in known:
             grids[first] = known[tuple(names)]
             continue

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..models.errors import ModelFileError
 from ..models.graph import initializers, require_onnx, tensor_shapes
 from ..models.spec import ModelSpec
-from .onnx_io import tidy
+from .onnx_io import PREPARING, tidy
 
 Ints = npt.NDArray[np.int64]
 CONVS = ("Conv", "ConvTranspose")
@@ -66,18 +66,23 @@ def prepare(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
     model = tidy(model)
     if not nhwc:
         return model, spec
-    for node in model.graph.node:
-        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-        if node.op_type == "Transpose" and perm == [0, 3, 1, 2]:
-            planes = node.output[0]
-            model.graph.node.remove(node)
-            del model.graph.input[:]
-            info = onnx.helper.make_tensor_value_info(planes, 1, [1, 3, height, width])
-            model.graph.input.append(info)
-            _drop_dead(model)
-            return model, spec.with_changes(input_format="float_nchw")
+    ends = [n for n in model.graph.node if n.name in PREPARING]
+    ends = ends[-1:] or [n for n in model.graph.node if _to_planes(n)][:1]
+    if ends:
+        planes = ends[0].output[0]
+        model.graph.node.remove(ends[0])
+        del model.graph.input[:]
+        info = onnx.helper.make_tensor_value_info(planes, 1, [1, 3, height, width])
+        model.graph.input.append(info)
+        _drop_dead(model)
+        return model, spec.with_changes(input_format="float_nchw")
     message = "expected pre-processing that ends in a transpose, found none; export the model again"
     raise ModelFileError(message)
+
+
+def _to_planes(node: Any) -> bool:
+    perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+    return node.op_type == "Transpose" and perm == [0, 3, 1, 2]
 
 
 def sever(model: Any) -> Severed:

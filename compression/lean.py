@@ -1,0 +1,241 @@
+"""The same network with fewer operators: what quantization does to the front of a graph first.
+
+Nothing here depends on photos. Each rewrite is exact, but for the outermost ring of cells where
+``fold_normalisation`` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..models.detections import FloatArray
+from ..models.graph import require_onnx
+from .calibrate import Grid
+from .onnx_io import PREPARING
+from .qdq import Links
+
+FAR = 2**31 - 1
+"""A slice that ends here or later ends at the end."""
+
+
+def lean(model: Any) -> tuple[Any, dict[str, Grid]]:
+    """Returns a copy with a leaner front, and the grids of tensors that hold whole pixel values.
+
+    Args:
+        model: Plain float graph (``tidy``), with or without folded pre-processing.
+    """
+    onnx = require_onnx()
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    merge_focus(result)
+    grids = fold_normalisation(result)
+    return result, grids
+
+
+def fold_normalisation(model: Any) -> dict[str, Grid]:
+    """Puts mean, deviation and colour order into the first convolution's weights, in place.
+
+    What is left of the pre-processing is ``pixel - offset`` with one whole number for all channels:
+    an 8-bit grid of step 1 holds that without any error. The convolution's padding then stands for
+    a pixel of ``offset`` in place of each channel's own mean, which are a few grey levels apart;
+    all other cells compute what they did.
+
+    Returns:
+        Tensor -> its grid; empty if the pre-processing is not ours, or read by anything but
+        ordinary convolutions.
+    """
+    links = Links(model.graph)
+    front = [n for n in model.graph.node if n.name in PREPARING]
+    if not front or front[0].op_type != "Cast":
+        return {}
+    last = front[-1].output[0]
+    convs = links.readers[last]
+    if not convs or last in links.outputs or any(not _foldable(n, links) for n in convs):
+        return {}
+    values = {n.op_type: _value(links, n.input[1]) for n in front if len(n.input) > 1}
+    mean = values.get("Sub", np.zeros(3)).reshape(-1).astype(np.float64)
+    std = values.get("Div", np.ones(3)).reshape(-1).astype(np.float64)
+    order = values.get("Gather", np.arange(3)).reshape(-1).astype(int)
+    offset = round(float(mean.mean()))
+    for conv in convs:
+        weight = _value(links, conv.input[1]).astype(np.float64) / std.reshape(1, 3, 1, 1)
+        shift = (weight * (offset - mean).reshape(1, 3, 1, 1)).sum((1, 2, 3))
+        moved = np.empty_like(weight)
+        moved[:, order] = weight
+        _store(links, conv, 1, moved)
+        _store(links, conv, 2, _value(links, conv.input[2]).astype(np.float64) + shift)
+    helper, numpy_helper = require_onnx().helper, require_onnx().numpy_helper
+    floats = front[0].output[0]
+    nodes = [front[0]]
+    if offset:
+        amount = numpy_helper.from_array(np.float32(offset), "image_offset")
+        model.graph.initializer.append(amount)
+        floats = "image_centred"
+        ends = [front[0].output[0], amount.name]
+        nodes.append(helper.make_node("Sub", ends, [floats], "image_sub"))
+    turn = helper.make_node("Transpose", [floats], [last], "image_planes", perm=[0, 3, 1, 2])
+    nodes.append(turn)
+    rest = [n for n in model.graph.node if n.name not in PREPARING]
+    _replace_nodes(model.graph, [*nodes, *rest])
+    return dict.fromkeys((floats, last), Grid(1.0, offset))
+
+
+def _foldable(node: Any, links: Links) -> bool:
+    """Whether a node is a convolution over three planes with stored weights and bias."""
+    if node.op_type != "Conv" or len(node.input) < 3:
+        return False
+    if not all(name in links.stored for name in node.input[1:3]):
+        return False
+    dims = links.stored[node.input[1]].dims
+    alone = all(_uses(links, name) == 1 for name in node.input[1:3])
+    return len(dims) == 4 and dims[1] == 3 and alone
+
+
+def merge_focus(model: Any) -> int:
+    """Turns YOLOX's Focus and the convolution behind it into one convolution, in place; exact.
+
+    Focus puts the four pixels of each 2x2 square into channels; a k x k convolution of that with
+    padding p is a 2k x 2k convolution of the picture with stride 2 and padding 2p. Four slices and
+    a concatenation of the largest tensor of the network are saved.
+
+    Returns:
+        How many were merged.
+    """
+    merged = 0
+    for conv in [n for n in model.graph.node if n.op_type == "Conv"]:
+        links = Links(model.graph)
+        concat = links.maker.get(conv.input[0])
+        focus = _focus(concat, links) if concat is not None else None
+        if focus is None or not _plain_conv(conv, links):
+            continue
+        if len(links.readers[conv.input[0]]) != 1 or conv.input[0] in links.outputs:
+            continue
+        weight = _value(links, conv.input[1])
+        parts, size = len(focus.corners), weight.shape[2]
+        planes = weight.shape[1] // parts
+        wide = np.zeros((len(weight), planes, 2 * size, 2 * size), np.float64)
+        for number, (y, x) in enumerate(focus.corners):
+            part = weight[:, number * planes : (number + 1) * planes]
+            wide[:, :, y::2, x::2] += part
+        _store(links, conv, 1, wide)
+        conv.input[0] = focus.source
+        pads = [2 * p for p in _ints(conv, "pads", [0, 0, 0, 0])]
+        for name in ("kernel_shape", "strides", "pads"):
+            for attribute in [a for a in conv.attribute if a.name == name]:
+                conv.attribute.remove(attribute)
+        make = require_onnx().helper.make_attribute
+        conv.attribute.extend(
+            [make("kernel_shape", [2 * size] * 2), make("strides", [2, 2]), make("pads", pads)]
+        )
+        _drop_unread(model.graph)
+        merged += 1
+    return merged
+
+
+@dataclass(frozen=True)
+class _Focus:
+    """The ``source`` and, in the order of channels, ``(y, x)`` of the pixel each part takes."""
+
+    source: str
+    corners: tuple[tuple[int, int], ...]
+
+
+def _focus(concat: Any, links: Links) -> _Focus | None:
+    if concat.op_type != "Concat" or len(concat.input) != 4:
+        return None
+    if _ints(concat, "axis", [0]) != [1]:
+        return None
+    found = [_corner(name, links) for name in concat.input]
+    sources = {source for source, _ in found}
+    corners = tuple(corner for _, corner in found)
+    wanted = {(y, x) for y in (0, 1) for x in (0, 1)}
+    if len(sources) != 1 or set(corners) != wanted:
+        return None
+    return _Focus(sources.pop(), corners)
+
+
+def _corner(name: str, links: Links) -> tuple[str, tuple[int, int]]:
+    """Follows slices of step 2 upwards; an impossible corner if there is anything else."""
+    starts = {2: -1, 3: -1}
+    while (node := links.maker.get(name)) is not None and node.op_type == "Slice":
+        if not all(i in links.stored for i in node.input[1:]) or len(node.input) != 5:
+            break
+        start, end, axes, steps = (_whole(links, i) for i in node.input[1:])
+        for s, e, axis, step in zip(start, end, axes, steps, strict=True):
+            if axis not in starts or step != 2 or s not in (0, 1) or e < FAR or starts[axis] >= 0:
+                return name, (-1, -1)
+            starts[axis] = s
+        name = node.input[0]
+    return name, (starts[2], starts[3])
+
+
+def _plain_conv(node: Any, links: Links) -> bool:
+    """Whether a convolution has stored weights, one group, stride 1, no dilation, stated pads."""
+    if len(node.input) < 3 or node.input[1] not in links.stored:
+        return False
+    if _ints(node, "group", [1]) != [1] or set(_ints(node, "dilations", [1])) != {1}:
+        return False
+    if any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in node.attribute):
+        return False
+    weight = links.stored[node.input[1]]
+    square = len(weight.dims) == 4 and weight.dims[2] == weight.dims[3]
+    alone = _uses(links, node.input[1]) == 1
+    return square and alone and set(_ints(node, "strides", [1])) == {1} and not weight.dims[1] % 4
+
+
+def _uses(links: Links, name: str) -> int:
+    return sum(list(node.input).count(name) for node in links.graph.node)
+
+
+def _ints(node: Any, name: str, default: Sequence[int]) -> list[int]:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return list(attribute.ints) or [attribute.i]
+    return list(default)
+
+
+def _value(links: Links, name: str) -> FloatArray:
+    value: FloatArray = require_onnx().numpy_helper.to_array(links.stored[name])
+    return value
+
+
+def _whole(links: Links, name: str) -> list[int]:
+    return [int(number) for number in _value(links, name).reshape(-1)]
+
+
+def _store(links: Links, node: Any, index: int, value: Any) -> None:
+    tensor = require_onnx().numpy_helper.from_array(
+        np.asarray(value, np.float32), node.input[index]
+    )
+    links.stored[node.input[index]].CopyFrom(tensor)
+
+
+def _drop_unread(graph: Any) -> None:
+    """Removes nodes whose outputs nobody reads, and constants nobody uses."""
+    outputs = {o.name for o in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | outputs
+        kept = [node for node in graph.node if any(name in read for name in node.output)]
+        if len(kept) == len(graph.node):
+            break
+        _replace_nodes(graph, kept)
+
+
+def _replace_nodes(graph: Any, nodes: Sequence[Any]) -> None:
+    fresh = [_copied(node) for node in nodes]  # the graph's own die when it is emptied
+    del graph.node[:]
+    graph.node.extend(fresh)
+    used = {name for node in fresh for name in node.input}
+    tensors = [t for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+
+
+def _copied(node: Any) -> Any:
+    copy = require_onnx().NodeProto()
+    copy.CopyFrom(node)
+    return copy

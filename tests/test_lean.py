@@ -1,0 +1,151 @@
+"""The leaner front of a graph computes what the graph computed."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from edgesight.compression.calibrate import Grid
+from edgesight.compression.lean import fold_normalisation, lean, merge_focus
+from edgesight.compression.onnx_io import fold_preprocess, tidy
+from edgesight.models.spec import ModelSpec
+from onnx import TensorProto, helper, numpy_helper
+
+graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
+SIZE, SPEC, detector, run = graphs.SIZE, graphs.SPEC, graphs.detector, graphs.run
+
+CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))
+
+
+def bytes_image(seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def focus_net(
+    kernel: int = 3, corners: Sequence[tuple[int, int]] = CORNERS, step: int = 2, readers: int = 1
+) -> Any:
+    """Slices of every second pixel, put side by side, and a convolution, as YOLOX begins."""
+    rng = np.random.default_rng(0)
+    stored = [numpy_helper.from_array(np.array(v, np.int64), n) for n, v in (
+        ("end", [2**31 - 1]), ("step", [step]), ("0", [0]), ("1", [1]), ("2", [2]), ("3", [3]),
+    )]  # fmt: skip
+    stored += [
+        numpy_helper.from_array(rng.normal(0, 1, (5, 12, kernel, kernel)).astype(np.float32), "w"),
+        numpy_helper.from_array(rng.normal(0, 1, 5).astype(np.float32), "b"),
+    ]
+    nodes = []
+    for number, (y, x) in enumerate(corners):
+        nodes += [
+            helper.make_node("Slice", ["x", str(y), "end", "2", "step"], [f"row{number}"]),
+            helper.make_node("Slice", [f"row{number}", str(x), "end", "3", "step"], [f"p{number}"]),
+        ]
+    nodes.append(helper.make_node("Concat", [f"p{n}" for n in range(4)], ["focus"], axis=1))
+    pads = [kernel // 2] * 4
+    nodes.append(helper.make_node("Conv", ["focus", "w", "b"], ["y"], pads=pads))
+    outputs = [("y", 5), ("focus", 12)][:readers]
+    graph = helper.make_graph(
+        nodes,
+        "focus",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 24])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, count, 8, 12])
+            for name, count in outputs
+        ],
+        stored,
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("corners", [CORNERS, CORNERS[::-1]])
+def test_focus_becomes_one_convolution_that_computes_the_same(
+    kernel: int, corners: Sequence[tuple[int, int]]
+) -> None:
+    model = focus_net(kernel, corners)
+    merged = onnx.ModelProto()
+    merged.CopyFrom(model)
+    assert merge_focus(merged) == 1
+    onnx.checker.check_model(merged)
+    assert [n.op_type for n in merged.graph.node] == ["Conv"]
+    x = np.random.default_rng(1).normal(0, 1, (1, 3, 16, 24)).astype(np.float32)
+    np.testing.assert_allclose(run(merged, x)[0], run(model, x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        focus_net(step=3),
+        focus_net(corners=((0, 0), (0, 0), (0, 1), (1, 1))),
+        focus_net(readers=2),
+    ],
+)
+def test_what_is_not_quite_a_focus_is_left_alone(model: Any) -> None:
+    before = model.SerializeToString()
+    assert merge_focus(model) == 0
+    assert model.SerializeToString() == before
+
+
+def test_normalisation_goes_into_the_first_convolution() -> None:
+    model, _ = fold_preprocess(tidy(detector()), SPEC)
+    leaner, grids = lean(model)
+    onnx.checker.check_model(leaner)
+    front = [n.op_type for n in leaner.graph.node[:4]]
+    assert front == ["Cast", "Sub", "Transpose", "Conv"]
+    assert set(grids.values()) == {Grid(1.0, 110)}  # the mean of 100, 110 and 120
+    wanted, got = (run(m, bytes_image(), None) for m in (exposed(model), exposed(leaner)))
+    inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    np.testing.assert_allclose(got[-1][inside], wanted[-1][inside], rtol=1e-3, atol=1e-3)
+    assert not np.allclose(got[-1], wanted[-1], atol=1e-3), "the ring of padding differs"
+
+
+def test_the_grid_of_the_picture_holds_every_pixel_value() -> None:
+    model, _ = fold_preprocess(tidy(detector()), SPEC)
+    _, grids = lean(model)
+    for grid in grids.values():
+        values = np.arange(256, dtype=np.float32) - 110
+        np.testing.assert_array_equal(grid.round(values), values)
+
+
+def test_equal_means_leave_no_difference_at_all() -> None:
+    spec = SPEC.with_changes(mean=(114.0, 114.0, 114.0))
+    model, _ = fold_preprocess(tidy(detector()), spec)
+    leaner, _ = lean(model)
+    wanted, got = run(model, bytes_image())[0], run(leaner, bytes_image())[0]
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_without_normalisation_pixels_stay_pixels() -> None:
+    plain: ModelSpec = SPEC.with_changes(mean=(0.0,) * 3, std=(1.0,) * 3, color="bgr")
+    model, _ = fold_preprocess(tidy(detector()), plain)
+    leaner, grids = lean(model)
+    assert [n.op_type for n in leaner.graph.node[:3]] == ["Cast", "Transpose", "Conv"]
+    assert set(grids.values()) == {Grid(1.0, 0)}
+    np.testing.assert_allclose(
+        run(leaner, bytes_image())[0], run(model, bytes_image())[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_front_that_is_not_ours_is_left_alone() -> None:
+    model = tidy(detector())
+    assert fold_normalisation(model) == {}
+    shown = fold_preprocess(tidy(detector()), SPEC)[0]
+    planes = next(n for n in shown.graph.node if n.name == "image_div").output[0]
+    shown.graph.output.append(helper.make_empty_tensor_value_info(planes))
+    before = shown.SerializeToString()
+    assert fold_normalisation(shown) == {}
+    assert shown.SerializeToString() == before
+
+
+def exposed(model: Any) -> Any:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    first = next(n for n in model.graph.node if n.op_type == "Conv")
+    copy.graph.output.append(helper.make_empty_tensor_value_info(first.output[0]))
+    return copy
