@@ -3,7 +3,7 @@
 Each trial is a recipe. It begins with little effort (short training, few photos); one in three goes
 on with three times as much. All models, also unfinished ones, are measured on the same photos, so
 each of them may turn out to be the best. Several processes, and with ``search.storage`` several
-machines, can work on one study. A trial that a killed process has left is done again.
+machines, can work on one study. A trial that a killed process has left is taken over.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def search(workshop: Workshop, wanted: Search, say: Say) -> Found:
         hunt.adopt()
         while not hunt.over() and (trial := hunt.next_trial()) is not None:
             hunt.carry_out(trial)
-        lock.unlink(missing_ok=True)
+        if not hunt.left:  # else the next process must see who has left them
+            lock.unlink(missing_ok=True)
         return hunt.found()
 
 
@@ -140,6 +141,7 @@ class _Hunt:
         self.folder = workshop.job.folder
         self.worker = worker
         self.idle = 0
+        self.left: list[optuna.Trial] = []
         self.notes: list[str] = []
         self.kinds = self._kinds()
         with locked(self.folder / LOCK_FILE):
@@ -234,15 +236,16 @@ class _Hunt:
         return passes
 
     def adopt(self) -> None:
-        """Gives up the trials that killed processes of this folder have left, to do them again."""
+        """Takes over the trials that killed processes of this folder have left."""
+        import optuna
         from optuna.trial import TrialState
 
         with locked(self.folder / LOCK_FILE):
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if self._abandoned(trial.user_attrs.get("worker")):
-                    self.study.tell(trial.number, state=TrialState.FAIL)
-                    fixed = trial.system_attrs.get("fixed_params", {})
-                    self.study.enqueue_trial(fixed | trial.params)
+                    mine = optuna.trial.Trial(self.study, trial._trial_id)
+                    mine.set_user_attr("worker", self.worker)
+                    self.left.append(mine)
 
     def _abandoned(self, worker: str | None) -> bool:
         """Says whether a process of this folder is gone; of other machines nothing is known."""
@@ -262,9 +265,11 @@ class _Hunt:
         return self.idle >= IDLE_MAX or (budget is not None and spent_s(self.study) >= budget)
 
     def next_trial(self) -> optuna.Trial | None:
-        """Begins a trial; None if there have been enough."""
+        """Goes on with a trial or begins one; None if there have been enough."""
         from optuna.trial import TrialState
 
+        if self.left:
+            return self.left.pop(0)
         counted = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
         with locked(self.folder / LOCK_FILE):
             begun = len(self.study.get_trials(deepcopy=False, states=counted))
@@ -297,7 +302,8 @@ class _Hunt:
     def _climb(self, trial: optuna.Trial) -> tuple[optuna.trial.TrialState, Candidate]:
         from optuna.trial import TrialState
 
-        start, key, made = time.monotonic(), "", list[Candidate]()
+        key, made = "", list[Candidate]()
+        start = time.monotonic() - float(trial.user_attrs.get("seconds", 0))  # if it was left
         for rung, share in enumerate(SHARES):
             hw, steps = draw_recipe(trial, self.space, share)
             if key == (key := same_recipe(hw, steps)):
@@ -367,14 +373,16 @@ class _Hunt:
 
     def found(self) -> Found:
         """Returns what the study knows."""
+        from optuna.trial import TrialState
+
         candidates = self._candidates()
         best = candidates[best_of(self.wanted, [one.figures for one in candidates])]
         self.say(f"best: {best.name}, {best.text}: {self._told(best)}")
-        done = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Found(
             self.original,
             tuple(candidates),
-            sum("candidates" in t.user_attrs or "failed" in t.user_attrs for t in done),
+            len(self.study.get_trials(deepcopy=False, states=ended)),
             tuple(self._reasons()),
             spent_s(self.study),
             self.shop.price.text,

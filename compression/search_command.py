@@ -137,6 +137,12 @@ def run_search(
     from .settings import VerifyStep
 
     say = say or (lambda line: print(line, file=sys.stderr))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        message = (
+            "expected a search to be one process, found several of torchrun; start the command "
+            "itself several times: all work on one study"
+        )
+        raise InputError(message)
     wanted = recipe.search
     assert wanted is not None
     torch.set_flush_denormal(True)  # as in a recipe's run: both must compute alike
