@@ -16,17 +16,18 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from edgesight.compression.compensate import refit
-from edgesight.compression.criteria import CRITERIA, harm_of, layers
+from edgesight.compression.criteria import CRITERIA, Harm, harm_of, layers
 from edgesight.compression.cut import chosen_groups, cut
 from edgesight.compression.data import open_photos
 from edgesight.compression.export import export_detector
-from edgesight.compression.groups import find_groups
+from edgesight.compression.groups import ChannelMap, find_groups
+from edgesight.compression.importance import RemovalState, collect_stats
 from edgesight.compression.photos import PhotoStream, calibration_batches
 from edgesight.compression.prune import (
     COSTS,
@@ -102,6 +103,7 @@ class Bench:
         before: The original's AP on them.
         distill: Photo passes of training.
         seed: Of everything random.
+        known: What was measured of the original.
     """
 
     entered: Entered
@@ -112,6 +114,19 @@ class Bench:
     before: Evaluation
     distill: int
     seed: int
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def harm(self, criterion: str, net: DetectorNet, channels: ChannelMap) -> Harm:
+        """Returns what removing each group costs; of the original it is measured only once."""
+        if net is not self.entered.net:
+            return harm_of(criterion, net, channels, self.batches, self.seed)
+        if criterion not in self.known:
+            if criterion == "obs":
+                self.known[criterion] = collect_stats(net, self.batches, self.seed)
+            else:
+                self.known[criterion] = harm_of(criterion, net, channels, self.batches, self.seed)
+        found: Any = self.known[criterion]
+        return RemovalState(channels, found) if criterion == "obs" else found
 
 
 def prune(bench: Bench, method: Method, ratio: float) -> tuple[DetectorNet, dict[str, Tensor]]:
@@ -131,7 +146,7 @@ def prune(bench: Bench, method: Method, ratio: float) -> tuple[DetectorNet, dict
     for part in range(1, method.iterations + 1):
         aim = now * (goal / now) ** (part / method.iterations)
         costs, channels = conv_costs(net, example), find_groups(net, example)
-        harm = harm_of(method.criterion, net, channels, bench.batches, bench.seed)
+        harm = bench.harm(method.criterion, net, channels)
         rules = PruneRules(**{**vars(method.rules), "sizes": sizes})
         plan = plan_pruning(channels, harm, costs, aim / total_cost(costs, macs_of), rules)
         small = cut(net, channels, chosen_groups(channels, plan.removed))
