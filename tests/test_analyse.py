@@ -290,6 +290,18 @@ def test_the_rank_of_a_planted_layer_is_found(rank: int) -> None:
     assert (weights.rank, weights.rank_max) == (rank, 16)
 
 
+def test_the_covariance_is_of_all_photos_together() -> None:
+    """Also where one photo is much brighter than the other."""
+    traced = Traced(planted(16))
+    inputs = [normal(1, 16, 40, 40), normal(1, 16, 40, 40, seed=1) + 2]
+    layers = count_costs(traced, 0).layers
+    seen = of_activations(traced, layers, inputs, progress=lambda x, **_: x)["out"]
+    pixels = np.concatenate([kit.run(traced.model, x)[0].reshape(16, -1) for x in inputs], axis=1)
+    assert seen.effective_rank == pytest.approx(
+        effective_rank(np.linalg.eigvalsh(np.cov(pixels))), rel=1e-3
+    )
+
+
 def test_few_pixels_are_not_trusted() -> None:
     traced = Traced(planted(16))
     costs = count_costs(traced, 0)
