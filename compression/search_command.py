@@ -208,7 +208,9 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    """Returns a number, text, truth value or a list of them as TOML, which has JSON's forms."""
+    """Returns a value as TOML: numbers, texts, truth values and lists look as in JSON."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(_lines(value))}}}"
     return json.dumps(value, ensure_ascii=False)
 
 
