@@ -103,11 +103,22 @@ def subject_of(
 
 
 def root_of(covariance: Matrix) -> Matrix:
-    """Returns the lower triangle whose square a covariance is; slightly damped."""
+    """Returns the lower triangle whose square a covariance is; slightly damped.
+
+    Raises:
+        ValueError: It holds values that are not finite.
+    """
     size = len(covariance)
     damping = RIDGE * max(float(np.trace(covariance)) / size, 1e-30)
-    root = np.linalg.cholesky(covariance + damping * np.eye(size))
-    return np.asarray(root, np.float64)
+    for _ in range(12):  # sums in single precision may leave it a little negative
+        try:
+            root = np.linalg.cholesky(covariance + damping * np.eye(size))
+        except np.linalg.LinAlgError:
+            damping *= 10
+        else:
+            return np.asarray(root, np.float64)
+    message = "expected inputs with finite covariance, found some that are not finite"
+    raise ValueError(message)
 
 
 def decompose(subject: Subject, how: str, ranks: Sequence[int]) -> list[Matrix]:

@@ -22,6 +22,7 @@ from ..models.errors import ModelFileError
 from ..models.files import atomic_path, sha256, write_json
 from ..models.nets.common import DetectorNet
 from ..models.spec import ModelSpec
+from .activations import replace_activations
 from .chain import whole_name, with_chains
 from .cut import chosen_groups, cut
 from .data import PhotoSet
@@ -170,7 +171,14 @@ def _factorise(net: DetectorNet, edit: Edit, example: Tensor) -> DetectorNet:
     return result
 
 
+def _activations(net: DetectorNet, edit: Edit, example: Tensor) -> DetectorNet:
+    result = replace_activations(net, edit["names"], edit["to"])
+    assert isinstance(result, DetectorNet)
+    return result
+
+
 EDITS: dict[str, Callable[[DetectorNet, Edit, Tensor], DetectorNet]] = {
+    "activations": _activations,
     "cut": _cut,
     "factorise": _factorise,
     "sparsify": _sparsify,
@@ -259,7 +267,11 @@ def load_state(folder: Path, key: str, before: State) -> tuple[State, StepReport
         spec = ModelSpec.from_json(json.dumps(stored["spec"]))
         edits = tuple(stored["edits"])
         net = apply_edits(before.teacher, edits, torch.zeros(1, 3, *spec.input_hw))
-        net.load_state_dict(load(data))
+        weights = load(data)
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None and f"{name}.bias" in weights:
+                module.bias = nn.Parameter(weights[f"{name}.bias"])  # refitting gave it one
+        net.load_state_dict(weights)
         report = StepReport(**stored["report"] | {"notes": tuple(stored["report"]["notes"])})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
         return None  # a damaged store is made again
