@@ -67,6 +67,21 @@ class PruneStep(Strict):
         return "macs", self.macs_ratio
 
 
+class ActivationsStep(Strict):
+    """Puts ReLU in the place of dearer activations, and refits what follows them.
+
+    Attributes:
+        to: What takes their place; integer convolutions run it inside themselves.
+        keep: Activations whose module's name holds one of these stay.
+        photos: Photos that the convolutions behind are refitted on.
+    """
+
+    kind: Literal["activations"]
+    to: Literal["relu", "relu6"] = "relu"
+    keep: tuple[str, ...] = ()
+    photos: int = Field(96, ge=1)
+
+
 class TermWeights(Strict):
     """Weight of each term of the distillation loss; 0 switches one off.
 
@@ -157,8 +172,8 @@ class SparsifyStep(Strict):
         method: Which go: the smallest by ``magnitude``, by ``gradient`` of what the network says,
             by ``taylor`` (weight times gradient); or all below a ``threshold``.
         sparsity: Part of the weights to be zero afterwards, those counted that are already.
-        scope: ``layer``: that part of each layer but the depthwise ones; ``global``: the smallest
-            of all layers together.
+        scope: ``channel``: that part of each output channel; ``layer``: of each layer; ``global``:
+            the smallest of all layers together. Only ``global`` touches depthwise layers.
         pattern: ``N:M``, as ``2:4``: of every M input channels N stay, instead of ``sparsity``.
         threshold: Of ``method = "threshold"``: smaller weights go.
         relative: The threshold counts in root mean square weights of each layer.
@@ -169,9 +184,9 @@ class SparsifyStep(Strict):
     """
 
     kind: Literal["sparsify"]
-    method: Literal["magnitude", "threshold", "gradient", "taylor"] = "taylor"
+    method: Literal["magnitude", "threshold", "gradient", "taylor"] = "magnitude"
     sparsity: float = Field(0.5, ge=0, lt=1)
-    scope: Literal["layer", "global"] = "global"
+    scope: Literal["channel", "layer", "global"] = "channel"
     pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$")
     threshold: float | None = Field(None, gt=0)
     relative: bool = True
@@ -305,11 +320,19 @@ class FactoriseStep(Strict):
 
 
 Step = Annotated[
-    FactoriseStep | PruneStep | SparsifyStep | DistillStep | QuantizeStep | HalfStep | VerifyStep,
+    ActivationsStep
+    | FactoriseStep
+    | PruneStep
+    | SparsifyStep
+    | DistillStep
+    | QuantizeStep
+    | HalfStep
+    | VerifyStep,
     Field(discriminator="kind"),
 ]
 STEP_KINDS: Final[dict[str, type[Strict]]] = {
     "prune": PruneStep,
+    "activations": ActivationsStep,
     "sparsify": SparsifyStep,
     "distill": DistillStep,
     "factorise": FactoriseStep,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..models.dataset import load_image
 from ..models.detector import OnnxDetector
 from ..models.graph import load_model
+from .activations_step import run_activations
 from .distill_step import run_distill
 from .export import TorchDetector, export_detector, set_metadata
 from .half import half_compute, half_weights
@@ -114,6 +115,7 @@ def run_verify(state: State, config: VerifyStep) -> tuple[State, StepReport]:
 StepFunction = Callable[[State, Any], tuple[State, StepReport]]
 STEPS: Final[dict[str, StepFunction]] = {
     "prune": run_prune,
+    "activations": run_activations,
     "sparsify": run_sparsify,
     "distill": run_distill,
     "factorise": run_factorise,

@@ -90,7 +90,7 @@ def test_the_default_rate_is_the_trainers() -> None:
         (lambda r: r["steps"][0].update(macs_ratio=0), "steps[1].macs_ratio: expected greater"),
         (lambda r: r["steps"][0].update(macs_ratio=float("nan")), "found nan"),
         (lambda r: r["steps"][0].update(kind="prun"), "did you mean 'prune'?"),
-        (lambda r: r["steps"][0].pop("kind"), "expected kind = one of prune, distill"),
+        (lambda r: r["steps"][0].pop("kind"), "expected kind = one of prune, "),
         (lambda r: r.pop("version"), "expected the key version, found none"),
         (lambda r: r.update(version=2), "version: expected 1, found 2"),
         (lambda r: r.update(steps=[]), "steps: expected at least 1"),
