@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compress": (".compression.command", "make a detector small: prune, distil, quantize, verify"),
     "analyse": (".compression.analyse_command", "where the fat is: cost, redundancy, sensitivity"),
     "inspect": (".deploy.inspect", "parameters, MACs, size, and what really runs as integers"),
+    "cost": (".deploy.cost", "count instructions per frame on a Raspberry Pi's core, emulated"),
     "bench": (".device_app.bench", "time every stage, and the pipeline against the bare network"),
     "fetch": (".deploy.fetch", "download a known detector, checked by its SHA-256"),
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.errors import DatasetError, InputError, MissingExtraError, OutputError, RecipeError
 from ..models.heads import HEADS
+from ..models.machine import int8_advice
 from ..models.zoo import model_path, shipped_float
 from .search_command import add_search_arguments, given, option, recipe_of
 
@@ -145,6 +146,13 @@ def require_extras() -> None:
             raise MissingExtraError(message) from error
 
 
+def _advise(core: str) -> None:
+    """Says before a long run that INT8 will hardly be faster on its core, where it is so."""
+    advice = int8_advice(core)
+    if advice is not None:
+        print(f"note: {advice}", file=sys.stderr)
+
+
 def _check(args: argparse.Namespace) -> None:
     only = {
         name: getattr(args, name)
@@ -185,6 +193,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     if recipe.out.exists() and not recipe.out.is_dir():
         message = f"{recipe.out}: expected a folder for the results, found a file; name another"
         raise RecipeError(message)
+    if recipe.search is not None or any(step.kind == "quantize" for step in recipe.steps):
+        _advise(recipe.target.core)
     if recipe.search is not None:
         from .search_command import run_search
 
@@ -248,6 +258,7 @@ def _quantize_only(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     model: Path = args.quantize_only
     target = args.target or "cortex-a76"
+    _advise(target)
     out = args.out or _beside(model)
     report = quantize_file(
         model,

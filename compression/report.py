@@ -179,6 +179,11 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         times = verified["latency"]
         text = f"{times['before_ms']:.2f} -> {times['after_ms']:.2f} ms"
         rows.append(("one picture on this machine", text, f"ratio {times['ratio']:.2f}"))
+    for core in verified["cores"]:
+        if core["instructions"] is not None:
+            text = f"{mega_text(core['before'])} -> {mega_text(core['instructions'])}"
+            title = f"instructions on {core['core']}"
+            rows.append((title, text, f"ratio {core['ratio']:.2f}"))
     if verified["integer"]["quantized"]:
         share = f"{100 * verified['integer']['share']:.1f} %"
         rows.append(("convolutions in integers", share, verified["integer"]["note"] or ""))

@@ -7,15 +7,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
+from ..models import core_costs, cost, emulator
 from ..models.dataset import Dataset
 from ..models.detections import Detections
 from ..models.detector import OnnxDetector
+from ..models.errors import EdgeSightError, ModelFileError
 from ..models.evaluate import Detector, run_detector
 from ..models.graph import integer_share, load_model, node_macs, parameters
 from ..models.preprocess import prepare
@@ -106,7 +109,7 @@ def verify(
         },
         "integer": _integer(subject.final, subject.core),
         "latency": latency(original, final, data, latency_rounds),
-        "cores": costs_by_core(subject.core),
+        "cores": costs_by_core(subject, progress=progress),
     }
     if train is not None and (train.truths is None) == (data.truths is None):
         seen = [
@@ -224,13 +227,47 @@ def _integer(path: Path, core: str) -> dict[str, Any]:
     }
 
 
-def costs_by_core(core: str) -> list[dict[str, Any]]:
-    """Returns what the model costs on each known core; n/a with the reason where not known."""
-    reason = "not measured: counting instructions of another core needs an emulator"
-    return [
-        {"core": name, "target": name == core, "instructions": None, "reason": reason}
-        for name in CORES
-    ]
+def costs_by_core(subject: Subject, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Returns instructions before and after on each known core; n/a with the reason where not.
+
+    They are counted if the emulator and its computer are there already (``edgesight cost
+    --setup``): a report downloads nothing.
+    """
+
+    def on(core: str) -> dict[str, Any]:
+        before = after = reason = None
+        if core not in core_costs.CORES:
+            reason = "not counted: it is timed where it is at hand"
+        else:
+            try:
+                emulator.find_qemu()
+                if emulator.find_guest() is None:
+                    reason = "not counted: edgesight cost --setup fetches the emulated computer"
+                else:
+                    before, after = _counted(subject, core, progress)
+            except EdgeSightError as error:
+                reason = f"not counted: {error}"
+        return {
+            "core": core,
+            "target": core == subject.core,
+            "before": before,
+            "instructions": after,
+            "ratio": after / before if before and after else None,
+            "reason": reason,
+        }
+
+    with ThreadPoolExecutor(len(CORES)) as pool:  # an emulator is a process of one thread
+        return list(pool.map(on, CORES))
+
+
+def _counted(subject: Subject, core: str, progress: bool) -> tuple[int, int]:
+    first, second = cost.count([subject.original, subject.final], core, runs=1, progress=progress)
+    for row in (first, second):
+        if isinstance(row, ModelFileError):
+            raise row
+    assert isinstance(first, cost.Cost)
+    assert isinstance(second, cost.Cost)
+    return first.instructions, second.instructions
 
 
 def _notes(result: dict[str, Any]) -> list[str]:

@@ -14,6 +14,13 @@ import onnxruntime
 
 from .. import __version__
 
+PLAIN_CORES = ("cortex-a72",)
+X86 = ("x86-64",)
+ARM = ("aarch64", "arm64")
+VNNI = (frozenset({"avx512_vnni", "avx_vnni"}), "VNNI")
+ARM_DOT = (frozenset({"asimddp", "i8mm"}), "the dot product")
+DOT_PRODUCT_FLAGS = {"x86_64": VNNI, "amd64": VNNI, "aarch64": ARM_DOT, "arm64": ARM_DOT}
+"""Machine -> what Linux calls the instructions that make INT8 fast, and what people call them."""
 WORKSTATION_PACKAGES = ("onnx", "onnx2torch", "torch")
 
 
@@ -50,3 +57,45 @@ def _cpu() -> str:
             if name.strip() == key and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def int8_advice(core: str | None = None) -> str | None:
+    """Returns why INT8 will hardly be faster than float on a core; None where it can be.
+
+    Integer matrix products gain where the core multiplies and adds four 8-bit pairs at once:
+    VNNI on x86, asimddp (dot product) or i8mm on Arm.
+
+    Args:
+        core: ``cortex-a76``, ``cortex-a72``, or None or ``x86-64`` for this machine's processor.
+    """
+    if core in PLAIN_CORES:
+        name, lacks = core, "the dot product"
+    else:
+        kind = platform.machine().lower()
+        flags = _flags()
+        if core not in (None, *X86) or kind not in DOT_PRODUCT_FLAGS or not flags:
+            return None
+        if core in X86 and kind in ARM:
+            return None
+        known, lacks = DOT_PRODUCT_FLAGS[kind]
+        if flags & known:
+            return None
+        name = "this processor"
+    return (
+        f"INT8 will hardly be faster than float on {name}, which lacks {lacks}: on a Cortex-A72 it "
+        "saved YOLOX-nano 15 % of its instructions; the file is four times smaller, but for speed "
+        "prune, and use activations that fuse (ReLU)"
+    )
+
+
+def _flags() -> frozenset[str]:
+    """Returns what the first core of this machine can do, as Linux names it; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()

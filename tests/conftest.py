@@ -39,6 +39,18 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of this session: nothing that was made before counts, or is touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("EDGESIGHT_CACHE")
+    os.environ["EDGESIGHT_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("EDGESIGHT_CACHE")
+    if before is not None:
+        os.environ["EDGESIGHT_CACHE"] = before
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums in one order, small ones faster; no flushing of tiny numbers is left for other tests."""
