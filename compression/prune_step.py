@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -72,11 +73,12 @@ def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
     except PlanError as error:
         name = "macs_ratio" if config.macs_ratio is not None else "cost_ratio"
         before = total_cost(conv_costs(state.net, example), cost_of)
+        least = math.ceil(1000 * error.least * before / whole) / 1000
         message = (
             f"prune.{name}: {part_left} of the original's {whole / 1e6:.0f} M "
             f"{UNITS.get(unit, f'instructions on {unit}')} cannot be had with keep_min "
-            f"{config.keep_min} and align {config.align}: the least is "
-            f"{error.least * before / whole:.3f}; raise it, or lower those"
+            f"{config.keep_min} and align {config.align}: the least is {least}; "
+            "raise it, or lower those"
         )
         raise RecipeError(message) from error
     except ValueError as error:
