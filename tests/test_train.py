@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from edgesight.compression import train as train_module
 from edgesight.compression.augment import augment
 from edgesight.compression.photos import PhotoStream, calibration_batches
+from edgesight.compression.sparse import mark_sparse
 from edgesight.compression.train import TrainConfig, train
 from edgesight.models.errors import ModelFileError, RecipeError
 from edgesight.models.nets.common import DetectorNet
@@ -153,6 +155,72 @@ def test_a_loss_that_is_no_number(paths: list[Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a finite loss, found nan; lower the rate"):
         train(net, kit.folded(), stream(paths), CONFIG, tmp_path / "c.pt", progress=False)
     assert not (tmp_path / "c.pt").exists()
+
+
+class Sick(PhotoStream):
+    """From the fourth batch on its pictures are no numbers."""
+
+    def make(self, step: int) -> Any:
+        batch = super().make(step)
+        return replace(batch, images=batch.images * float("nan")) if step >= 3 else batch
+
+
+def test_the_checkpoint_before_a_broken_step_stays(paths: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "c.pt"
+    sick = Sick(paths, SPEC, CONFIG.batch, CONFIG.seed)
+    config = replace(CONFIG, save_s=0.0)  # after each step
+    with pytest.raises(RecipeError, match="expected a finite loss, found nan; lower the rate"):
+        train(student(), kit.folded(), sick, config, file, progress=False)
+    saved = torch.load(file, weights_only=True)
+    assert saved["step"] == 3
+    assert all(torch.isfinite(p).all() for p in saved["net"].values())
+    healed = train(student(), kit.folded(), stream(paths), config, file, progress=False)
+    whole = train(student(), kit.folded(), stream(paths), CONFIG, tmp_path / "w.pt", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(healed), weights(whole), strict=True))
+
+
+def test_a_step_that_spoils_the_weights_is_not_stored(paths: list[Path], tmp_path: Path) -> None:
+    config = replace(CONFIG, rate=1e38, warmup=0.0, save_s=0.0)
+    with pytest.raises(RecipeError, match=r"expected a finite (loss|weight), found") as caught:
+        train(student(), kit.folded(), stream(paths), config, tmp_path / "c.pt", progress=False)
+    assert "lower the rate" in str(caught.value)
+    if (tmp_path / "c.pt").exists():
+        saved = torch.load(tmp_path / "c.pt", weights_only=True)
+        assert all(torch.isfinite(p).all() for p in saved["net"].values())
+
+
+def test_zeros_of_a_sparse_student_stay(paths: list[Path], tmp_path: Path) -> None:
+    for marked in (True, False):
+        net = student()
+        with torch.no_grad():
+            net.stem.weight[:, 1] = 0  # type: ignore[union-attr,index,operator]
+        if marked:
+            mark_sparse(net)
+        trained = train(
+            net, kit.folded(), stream(paths), CONFIG, tmp_path / f"{marked}.pt", progress=False
+        )
+        assert bool((trained.stem.weight[:, 1] == 0).all()) == marked  # type: ignore[union-attr,index,operator]
+
+
+def test_what_changes_in_the_course_of_a_run(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before each step how much is done, by the step's number alone: also when resumed."""
+    parts: list[float] = []
+    monkeypatch.setattr(train_module, "before_step", lambda net, part: parts.append(part))
+    broken = Interrupted(paths, SPEC, CONFIG.batch, CONFIG.seed)
+    with pytest.raises(KeyboardInterrupt):
+        train(student(), kit.folded(), broken, CONFIG, tmp_path / "c.pt", progress=False)
+    train(student(), kit.folded(), stream(paths), CONFIG, tmp_path / "c.pt", progress=False)
+    assert parts == [step / 12 for step in range(12)]
+
+
+def test_a_gpu_that_is_not_there(paths: list[Path], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    config = replace(CONFIG, device="cuda")
+    with pytest.raises(RecipeError, match="expected a GPU that torch can use, found none"):
+        train(student(), kit.folded(), stream(paths), config, tmp_path / "c.pt", progress=False)
 
 
 def test_batches_depend_only_on_seed_and_step(paths: list[Path]) -> None:
