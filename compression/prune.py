@@ -62,7 +62,7 @@ def conv_costs(net: nn.Module, example: Tensor) -> dict[str, ConvCost]:
     def note(name: str, conv: nn.Conv2d, y: Tensor) -> None:
         inputs = conv.in_channels // conv.groups
         cells = y.shape[2] * y.shape[3] + (costs[name].cells if name in costs else 0)
-        kernel, stride = tuple(conv.weight.shape[2:]), max(conv.stride)
+        kernel, stride = (conv.weight.shape[2], conv.weight.shape[3]), max(conv.stride)
         costs[name] = ConvCost(conv.out_channels, inputs, cells, kernel, conv.groups, stride)
 
     handles = [
