@@ -1,0 +1,208 @@
+"""Every technique alone and the shipped detector step by step: AP, cost and size, in one table.
+
+    python benchmarks/ablation.py                       # the techniques
+    python benchmarks/ablation.py --recipe models/zoo/edgesight_nano.toml   # a recipe, step by step
+
+Each row is a recipe that ``edgesight compress`` runs; its result is measured on ``coco-val``, with
+a 95 % interval and the paired loss against the original, and its instructions are counted by
+``edgesight cost`` where the emulator is at hand. Finished recipes are not run again. ``--plot``
+draws AP over instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgesight.compression.pipeline import run_recipe
+from edgesight.compression.recipe import Recipe, make_recipe, read_recipe
+from edgesight.models.dataset import Dataset, open_dataset
+from edgesight.models.detector import OnnxDetector
+from edgesight.models.errors import EdgeSightError
+from edgesight.models.evaluate import Evaluation, evaluate_detector
+from edgesight.models.files import sha256, write_json
+from edgesight.models.graph import load_model, node_macs
+from edgesight.models.machine import machine
+
+CORES = ("cortex-a76", "cortex-a72")
+PRUNE: dict[str, Any] = {"kind": "prune", "macs_ratio": 0.8}
+TECHNIQUES: dict[str, list[dict[str, Any]]] = {
+    "sparsify, half of the weights, Taylor": [{"kind": "sparsify", "sparsity": 0.5}],
+    "sparsify 2:4": [{"kind": "sparsify", "pattern": "2:4"}],
+    "prune to 80 % of the MACs": [PRUNE],
+    "prune to 80 %, L2 norm": [PRUNE | {"criterion": "l2"}],
+    "prune to 80 %, Taylor": [PRUNE | {"criterion": "taylor"}],
+    "prune to 80 % on cortex-a76": [
+        {"kind": "prune", "cost": "cortex-a76", "cost_ratio": 0.8},
+    ],
+    "factorise": [{"kind": "factorise"}],
+    "ReLU": [{"kind": "activations"}],
+    "INT8": [{"kind": "quantize"}],
+    "INT8, refined": [{"kind": "quantize", "refine": 1600}],
+    "INT8, 4-bit weights, refined": [{"kind": "quantize", "weights": 4, "refine": 1600}],
+    "FP16 weights": [{"kind": "half"}],
+    "ReLU, INT8": [{"kind": "activations"}, {"kind": "quantize"}],
+    "prune to 80 %, ReLU, INT8": [PRUNE, {"kind": "activations"}, {"kind": "quantize"}],
+}
+"""Title of a row -> the steps of its recipe, on NanoDet-Plus-m; none of them is trained."""
+
+
+def technique(title: str, options: argparse.Namespace) -> Recipe:
+    """Returns the recipe of one row."""
+    shared = options.shared.resolve()
+    values = {
+        "version": 1,
+        "out": str(options.out.resolve() / f"{list(TECHNIQUES).index(title):02d}"),
+        "model": {
+            "name": "nanodet_plus_m",
+            "weights": str(shared / "weights/nanodet_plus_m_416.onnx"),
+        },
+        "data": {
+            "photos": [str(shared / "data/coco-train"), str(shared / "data/unlabelled")],
+            "eval": str(shared / "data/coco-val"),
+            "hold_out": 5,
+            "step_photos": 0,
+        },
+        "steps": TECHNIQUES[title],
+    }
+    return make_recipe(values, Path.cwd())
+
+
+def prefixes(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Returns a recipe cut off behind each of its steps that change the model."""
+    found = []
+    for count, step in enumerate(recipe.steps, 1):
+        if step.kind == "verify":
+            continue
+        data = recipe.data.model_copy(update={"step_photos": 0})
+        part = recipe.model_copy(update={"steps": recipe.steps[:count], "data": data})
+        found.append((f"{count} {step.kind}", part))
+    return found
+
+
+def measure(path: Path, check: Dataset, before: Evaluation | None) -> tuple[dict[str, Any], Any]:
+    """Returns one row's figures and its evaluation."""
+    found = evaluate_detector(OnnxDetector(path), check, title=path.stem)
+    own = found.interval()
+    row: dict[str, Any] = {
+        "ap": [own.value, own.low, own.high],
+        "lost": None,
+        "bytes": path.stat().st_size,
+        "macs": sum(node_macs(load_model(path)).values()),
+        "ms": found.ms_per_photo,
+        "sha256": sha256(path),
+    }
+    if before is not None:
+        lost = before.minus(found)
+        row["lost"] = [lost.value, lost.low, lost.high]
+    return row, found
+
+
+def add_instructions(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Adds what each file costs on the cores; None where it cannot be counted."""
+    from edgesight.models.cost import Cost, count
+
+    for core in CORES:
+        try:
+            costs = count([folder / row["file"] for row in rows], core)
+        except EdgeSightError as error:
+            print(f"{core}: {error}", file=sys.stderr)
+            costs = []
+        for number, row in enumerate(rows):
+            cost = costs[number] if costs else None
+            row[core] = cost.instructions if isinstance(cost, Cost) else None
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as Markdown."""
+    lines = [
+        "| | AP (95 %) | lost (95 %, paired) | MACs (M) | MB | A76 (M instr.) | A72 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lost = "" if r["lost"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*r["lost"])
+        costs = [f"{r[c] / 1e6:.1f}" if r.get(c) else "n/a" for c in CORES]
+        lines.append(
+            f"| {r['title']} | {r['ap'][0]:.2f} ({r['ap'][1]:.1f} to {r['ap'][2]:.1f}) | {lost} "
+            f"| {r['macs'] / 1e6:.0f} | {r['bytes'] / 1e6:.2f} | {' | '.join(costs)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws AP over instructions on Cortex-A76 (over MACs where they were not counted)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counted = all(r.get(CORES[0]) for r in rows)
+    key, what = (CORES[0], "instructions on Cortex-A76") if counted else ("macs", "MACs")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for r in rows:
+        x, (ap, low, high) = r[key] / 1e6, r["ap"]
+        axes.errorbar(x, ap, [[ap - low], [high - ap]], fmt="o", capsize=2, alpha=0.8)
+        axes.annotate(r["title"], (x, ap), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel=f"{what}, millions", ylabel=f"AP on coco-val ({rows[0]['photos']} photos)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Runs the rows that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--recipe", type=Path, help="show this recipe step by step")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose titles hold this text")
+    parser.add_argument("--photos-max", type=int, help="photos that AP is measured on")
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="data and weights")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    options = parser.parse_args()
+    if options.recipe:
+        recipe = read_recipe(options.recipe)
+        recipe = recipe.model_copy(update={"out": (options.out / recipe.out.name).resolve()})
+        recipes = prefixes(recipe)
+    else:
+        recipes = [(t, technique(t, options)) for t in TECHNIQUES]
+    recipes = [(t, r) for t, r in recipes if not options.only or any(o in t for o in options.only)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = options.recipe.stem if options.recipe else "techniques"
+    store = options.out / f"{name}.json"
+    known = json.loads(store.read_text())["rows"] if store.is_file() else []
+    check = open_dataset(options.shared / "data/coco-val").limit(options.photos_max)
+    rows: list[dict[str, Any]] = []
+    before: Evaluation | None = None
+    for title, recipe in recipes:
+        result = run_recipe(recipe)
+        if before is None:
+            original = options.out / f"{name}-original.onnx"
+            shutil.copyfile(result.state.original, original)
+            first, before = measure(original, check, None)
+            rows.append({"title": "original", "file": original.name, **first})
+        path = options.out / f"{name}-{len(rows)}.onnx"
+        shutil.copyfile(result.final, path)
+        digest = sha256(path)
+        stored = [r for r in known if r["sha256"] == digest and r["photos"] == len(check)]
+        row = stored[0] if stored else measure(path, check, before)[0]
+        rows.append({**row, "title": title, "file": path.name})
+        for r in rows:
+            r["photos"] = len(check)
+        write_json(store, {"machine": machine(), "rows": rows})
+    add_instructions(rows, options.out)
+    write_json(store, {"machine": machine(), "rows": rows})
+    if options.plot:
+        plot(rows, options.plot)
+    milliseconds = statistics.median(r["ms"] for r in rows)
+    print(f"\n{name}, coco-val, {len(check)} photos; median {milliseconds:.1f} ms per photo here\n")
+    print(as_table(rows))
+
+
+if __name__ == "__main__":
+    main()
