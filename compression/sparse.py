@@ -129,12 +129,35 @@ def keep_per_layer(scores: Scores, sparsity: float, keep_min: float = 0.0) -> Ke
     Args:
         scores: Of the layers that take part.
         sparsity: Part of each layer's weights to become zero, 0..1.
-        keep_min: Each layer keeps at least this part, 0..1.
+        keep_min: Each layer keeps at least this part (and one weight), 0..1.
     """
     kept = {}
     for name, score in scores.items():
         size = score.numel()
         kept[name] = keep_largest(score, max(size - round(sparsity * size), least(size, keep_min)))
+    return kept
+
+
+def keep_per_channel(scores: Scores, sparsity: float, keep_min: float = 0.0) -> Kept:
+    """Returns masks in which each output channel loses the same part of its weights.
+
+    Weights of two channels differ many times in size where the normalisation is folded into them,
+    which says nothing of what they are worth; within a channel sizes can be compared.
+
+    Args:
+        scores: Of the layers that take part.
+        sparsity: Part of each channel's weights to become zero, 0..1.
+        keep_min: Each channel keeps at least this part (and one weight), 0..1.
+    """
+    kept = {}
+    for name, score in scores.items():
+        rows = score.flatten(1)
+        size = rows.shape[1]
+        count = max(size - round(sparsity * size), least(size, keep_min))
+        order = rows.argsort(dim=1, descending=True, stable=True)[:, :count]
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        mask.scatter_(1, order, torch.ones_like(order, dtype=torch.bool))
+        kept[name] = mask.reshape(score.shape)
     return kept
 
 

@@ -31,6 +31,7 @@ from .sparse import (
     keep_above,
     keep_globally,
     keep_pattern,
+    keep_per_channel,
     keep_per_layer,
     magnitude_scores,
     mark_sparse,
@@ -155,8 +156,10 @@ def _chosen(before: DetectorNet, scores: Scores, config: SparsifyStep, goal: flo
         kept = keep_above(scores, limits, config.keep_min)
     elif config.scope == "global":
         kept = keep_globally(scores, goal, config.keep_min)
-    else:
+    elif config.scope == "layer":
         kept = keep_per_layer(scores, goal, config.keep_min)
+    else:
+        kept = keep_per_channel(scores, goal, config.keep_min)
     return {name: mask & (scores[name] >= 0) for name, mask in kept.items()}
 
 

@@ -26,6 +26,7 @@ from edgesight.compression.sparse import (
     keep_globally,
     keep_largest,
     keep_pattern,
+    keep_per_channel,
     keep_per_layer,
     magnitude_scores,
     mark_sparse,
@@ -131,6 +132,23 @@ def test_counts_are_exact_also_among_equals(sparsity: float) -> None:
     total = sum(score.numel() for score in scores.values())
     everywhere = keep_globally(scores, sparsity)
     assert sum(int((~k).sum()) for k in everywhere.values()) == round(sparsity * total)
+
+
+def test_of_every_output_channel_the_largest_stay_however_loud_it_is() -> None:
+    net = kit.folded()
+    with torch.no_grad():
+        net.down[0].weight.mul_(10.0 ** torch.linspace(-3, 3, 16).reshape(-1, 1, 1, 1))
+    scores = magnitude_scores(net)
+    for sparsity in (0.0, 0.25, 0.5):
+        for name, kept in keep_per_channel(scores, sparsity).items():
+            rows, score = kept.flatten(1), scores[name].flatten(1)
+            gone = round(sparsity * rows.shape[1])
+            assert ((~rows).sum(1) == gone).all()
+            largest = score.masked_fill(rows, -torch.inf).amax(1)
+            assert (score.masked_fill(~rows, torch.inf).amin(1) > largest).all()
+    by_layer = keep_per_layer(scores, 0.5)["down.0"].flatten(1)
+    assert not by_layer[0].any(), "a choice over the layer takes faint channels whole"
+    assert (keep_per_channel(scores, 0.999)["down.0"].flatten(1).sum(1) == 1).all()
 
 
 def test_a_global_choice_differs_from_layer_to_layer_and_leaves_each_its_part() -> None:

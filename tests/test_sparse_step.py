@@ -76,6 +76,7 @@ def conv_weights(path: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("settings", "density"),
     [
+        ({}, 0.5),
         ({"method": "magnitude", "scope": "layer"}, 0.5),
         ({"method": "magnitude", "scope": "global", "sparsity": 0.7, "refit": False}, 0.3),
         ({"method": "gradient", "scope": "global", "sparsity": 0.3}, 0.7),
@@ -95,8 +96,8 @@ def test_the_density_is_what_was_asked_for(
     assert (np.diff([1.0, *found["density_by_round"]]) <= 0).all()
     per_layer = found["density_by_layer"]
     assert per_layer.keys() == weights_of(result.state.net).keys()
-    same = max(per_layer.values()) - min(per_layer.values()) < 0.01
-    assert same == (settings["scope"] == "layer")
+    same = max(per_layer.values()) - min(per_layer.values()) < 0.02  # 14 of 27, 16 of 32
+    assert same == (settings.get("scope") != "global")
     stored = sum(int((w == 0).sum()) for w in conv_weights(result.final))
     assert stored == found["zeros_after"], "the file holds them"
 
@@ -161,9 +162,9 @@ def test_the_report_says_what_zeros_win_and_what_not(to_int8: RunResult) -> None
 
 def test_a_sparse_step_after_another_goes_on_from_its_zeros(base: Path) -> None:
     steps = [
-        SPARSIFY | {"method": "magnitude", "sparsity": 0.4},
-        SPARSIFY | {"method": "gradient", "sparsity": 0.7},
-        SPARSIFY | {"method": "magnitude", "sparsity": 0.2},
+        SPARSIFY | {"sparsity": 0.4},
+        SPARSIFY | {"method": "gradient", "scope": "global", "sparsity": 0.7},
+        SPARSIFY | {"sparsity": 0.2},
     ]
     first = run(recipe(base, steps[:1], out="more"))
     both = run(recipe(base, steps, out="more"))
@@ -251,7 +252,7 @@ def test_the_shipped_detector_comes_out_sparse_and_comes_in_again(tmp_path: Path
     wanted = recipe(tmp_path, steps, model="shipped", data=data)
     result = run(wanted)
     row = result.rows[1]
-    assert figures(result)["density"] == pytest.approx(0.7, abs=0.001)
+    assert 0.7 < figures(result)["density"] < 0.73, "depthwise layers stay dense"
     assert row.score is not None
     assert row.score["value"] > 50, "it still sees much of what the original sees"
     again = source.enter(ModelSource(file=result.float_file))
