@@ -20,6 +20,7 @@ OWN: Final = (*LIMITS, "budget", "trials", "labelled")
 SHARED: Final = ("photos", "eval", "head", "target")
 """Options that --quantize-only has, too."""
 BEST_RECIPE: Final = "best.toml"
+LOCK_FILE: Final = ".result.lock"
 SHIPPED: Final = ("shipped", "shipped-float")
 
 
@@ -129,7 +130,7 @@ def run_search(
     """
     import torch
 
-    from .candidates import Workshop
+    from .candidates import Workshop, locked
     from .command import report_run
     from .frontier import choose, frontier_report, write_frontier
     from .pipeline import run_recipe
@@ -155,16 +156,17 @@ def run_search(
         f"compare models on ({photos.check_kind})"
     )
     found = search(workshop, wanted, say)
-    chosen = choose(workshop, wanted, found, say)
-    report = frontier_report(workshop, wanted, found, chosen)
-    verify = VerifyStep.model_validate({"kind": "verify"})
-    best = workshop.settings(chosen.best.input_hw, chosen.best.steps, verify)
-    data = best.data.model_copy(update={"eval": recipe.data.eval})
-    best = best.model_copy(update={"data": data})
-    result = run_recipe(best, progress=progress, say=lambda line: None)
-    run = report_run(result, best)
-    page = write_frontier(recipe.out, report)
-    _write_recipe(recipe.out / BEST_RECIPE, best)
+    with locked(recipe.out / LOCK_FILE):  # another process may have come to its end, too
+        chosen = choose(workshop, wanted, found, say)
+        report = frontier_report(workshop, wanted, found, chosen)
+        verify = VerifyStep.model_validate({"kind": "verify"})
+        best = workshop.settings(chosen.best.input_hw, chosen.best.steps, verify)
+        data = best.data.model_copy(update={"eval": recipe.data.eval})
+        best = best.model_copy(update={"data": data})
+        result = run_recipe(best, progress=progress, say=lambda line: None)
+        run = report_run(result, best)
+        page = write_frontier(recipe.out, report)
+        _write_recipe(recipe.out / BEST_RECIPE, best)
     return {
         "passed": bool(report["met"] and run["passed"]),
         "out": str(recipe.out),

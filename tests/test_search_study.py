@@ -103,7 +103,7 @@ def test_after_a_kill_the_trial_is_ended_and_no_other_done_again(base: Path) -> 
 
 
 def test_two_processes_share_a_study(base: Path) -> None:
-    more = {"trials": 4, "cost_max": 0.75}
+    more = {"trials": 4, "cost_max": 1.0}  # the one that ends first has met it, too
     file = kit["write_recipe"](base / "two.toml", "two", **more)
     both = [kit["start_process"](base, file, base / "package") for _ in range(2)]
     ends = [process.communicate(timeout=280) for process in both]
