@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgesight.compression.assign import read_cells
+from edgesight.compression import photos as compression_photos
+from edgesight.compression.assign import giou, read_cells
 from edgesight.compression.dense import Dense, dense_loss, resample, shown_logits
 from edgesight.compression.fuse import fuse_boxes
 from edgesight.compression.photos import Batch, PhotoStream
+from edgesight.compression.recipe import ModelSource
+from edgesight.compression.source import enter
 from edgesight.compression.teachers import (
     FusedDetector,
     Panel,
@@ -32,6 +35,7 @@ from edgesight.models.nets.common import DetectorNet
 from edgesight.models.nets.yolox import YOLOX
 from edgesight.models.preprocess import Placement, fit
 from edgesight.models.spec import ModelSpec
+from edgesight.models.zoo import shipped_float
 from torch import Tensor, nn
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("prune_kit.py"))))
@@ -334,3 +338,47 @@ def test_classes_that_no_teacher_knows_are_left_alone(photos: list[Path]) -> Non
     assert min(touched[0]) > 0
     assert touched[1][0] == 0
     assert touched[1][1] > 0
+
+
+def agreement(
+    teacher: ModelSource, student: ModelSource, teacher_hw: Any, photos: list[Path]
+) -> float:
+    """Overlap of the boxes of two real detectors in the student's cells where both are sure."""
+    theirs, ours = enter(teacher), enter(student)
+    spec = theirs.spec.with_changes(input_hw=teacher_hw or theirs.spec.input_hw)
+    table = class_table("t", spec.classes, ours.spec.classes)
+    panel = Panel([Stranger("t", "t", spec, theirs.net, None, table)], ours.spec)
+    stream = PhotoStream(photos, ours.spec, len(photos), views=panel.views)
+    batch = stream.make(0)
+    with torch.no_grad():
+        goal = panel.look(batch.images, batch.views)
+        cells = read_cells(ours.net, ours.net(batch.images))
+        levels = goal.levels[0]
+        shapes = [(level.shape[2], level.shape[3]) for level in levels]
+        our_shapes = [(m.shape[2], m.shape[3]) for m in ours.net(batch.images)]
+        columns = torch.from_numpy(np.flatnonzero(table >= 0))
+        dense = resample(
+            read_cells(theirs.net, levels), shapes, batch.views[0].placements, columns,
+            cells, our_shapes, batch.placements,
+        )  # fmt: skip
+        mine = shown_logits(cells)[..., torch.from_numpy(table[columns.numpy()])].sigmoid()
+        both = torch.minimum(dense.logits.sigmoid(), mine).amax(2) > 0.4
+        assert int(both.sum()) >= 5
+        assert any(len(found) for found in goal.boxes)
+        return float(giou(cells.boxes[both], dense.boxes[both]).mean())
+
+
+def test_the_shipped_detector_teaches_itself_from_a_larger_size() -> None:
+    samples = Path(compression_photos.__file__).parent.parent / "device_app" / "samples"
+    source = ModelSource(file=shipped_float())
+    assert agreement(source, source, (416, 416), sorted(samples.glob("*.jpg"))[:4]) > 0.6
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("turned", [False, True])
+def test_nanodet_plus_and_yolox_mean_the_same_places(turned: bool, shared: Path) -> None:
+    files = ["nanodet_plus_m_416.onnx", "yolox_nano_416.onnx"]
+    first, second = (ModelSource(file=shared / "weights" / f) for f in files)
+    photos = sorted((shared / "data/coco-train/images").iterdir())[:4]
+    pair = (second, first) if turned else (first, second)
+    assert agreement(*pair, None, photos) > 0.6
