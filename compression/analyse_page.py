@@ -11,7 +11,7 @@ import numpy as np
 from ..models.files import write_text
 from .analyse_report import Row, columns
 from .layer_sensitivity import TREATMENTS
-from .report import BLUE, ORANGE, _figure, _svg, size_text
+from .report import BLUE, ORANGE, as_svg, figure_of, size_text
 
 TEMPLATE = "analyse.html.j2"
 GREEN = "#3f9d5d"
@@ -77,7 +77,7 @@ def _unused(figures: Row) -> float:
 
 
 def _axes(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
-    figure = _figure(1.0 + INCHES_PER_LAYER * len(rows))
+    figure = figure_of(1.0 + INCHES_PER_LAYER * len(rows))
     axes = figure.subplots()
     place = np.arange(len(rows))
     axes.set_yticks(place, [row["short"] for row in rows], fontsize=6)
@@ -97,7 +97,7 @@ def _bars(
     colors = BLUE if sure is None else [BLUE if known else f"{BLUE}50" for known in sure]
     axes.barh(place, values, 0.8, color=colors)
     axes.set_xlabel(label)
-    return _svg(figure, axes, title)
+    return as_svg(figure, axes, title)
 
 
 def _losses(rows: Sequence[Row], unit: str) -> str:
@@ -109,4 +109,4 @@ def _losses(rows: Sequence[Row], unit: str) -> str:
             values = [rows[i]["sensitivity"][treatment] for i in known]
             axes.plot(values, place[known], "o", ms=3, color=color, label=treatment)
     axes.set_xlabel(f"{unit} when it is done to the layer alone")
-    return _svg(figure, axes, "Sensitivity")
+    return as_svg(figure, axes, "Sensitivity")

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -21,7 +21,9 @@ from ..models.errors import MissingExtraError
 from ..models.files import sha256, write_json, write_text
 from ..models.machine import machine
 from .measure import SHOWN
-from .pipeline import RunResult, StepRow
+
+if TYPE_CHECKING:  # torch; a page alone does not need it
+    from .pipeline import RunResult, StepRow
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -229,7 +231,12 @@ def example_pictures(before: Path, after: Path, data: Dataset) -> list[dict[str,
     return found
 
 
-def _figure(height: float) -> Any:
+def figure_of(height: float) -> Any:
+    """Returns an empty matplotlib figure as wide as a page, ``height`` inches high.
+
+    Raises:
+        MissingExtraError: There is no matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -241,7 +248,7 @@ def _figure(height: float) -> Any:
 def _cost_plot(report: dict[str, Any]) -> str:
     steps = [s for s in report["steps"] if not s["title"].endswith("verify")]
     first = steps[0]
-    figure = _figure(2.8)
+    figure = figure_of(2.8)
     axes = figure.subplots()
     place = np.arange(len(steps))
     for offset, key, color in ((-0.2, "macs", BLUE), (0.2, "bytes", ORANGE)):
@@ -251,14 +258,14 @@ def _cost_plot(report: dict[str, Any]) -> str:
     axes.set_xticks(place, [s["title"] for s in steps])
     axes.set_ylabel("% of the original")
     axes.set_ylim(0, 118)
-    return _svg(figure, axes, "Cost after each step")
+    return as_svg(figure, axes, "Cost after each step")
 
 
 def _score_plot(report: dict[str, Any]) -> str:
     steps = [s for s in report["steps"] if s["score"] and s["score"]["value"] is not None]
     if len(steps) < 2:
         return ""
-    figure = _figure(2.8)
+    figure = figure_of(2.8)
     axes = figure.subplots()
     place = np.arange(len(steps))
     value = np.array([s["score"]["value"] for s in steps])
@@ -274,7 +281,7 @@ def _score_plot(report: dict[str, Any]) -> str:
     kind = "AP" if steps[0]["score"]["kind"] == "ap" else "F1 with the original, %"
     axes.set_ylabel(kind)
     axes.set_ylim(0, max(1.0, 1.1 * float(high.max())))
-    return _svg(figure, axes, f"Accuracy on {steps[0]['score']['photos']} photos, 95 % intervals")
+    return as_svg(figure, axes, f"Accuracy on {steps[0]['score']['photos']} photos, 95 % intervals")
 
 
 def _layer_plot(report: dict[str, Any]) -> str:
@@ -286,7 +293,7 @@ def _layer_plot(report: dict[str, Any]) -> str:
     if not layers:
         return ""
     names = list(layers)
-    figure = _figure(1.0 + 0.16 * len(names))
+    figure = figure_of(1.0 + 0.16 * len(names))
     axes = figure.subplots()
     place = np.arange(len(names))
     axes.barh(place, [layers[n][1] for n in names], 0.8, color=BLUE, alpha=0.3, label="before")
@@ -295,10 +302,10 @@ def _layer_plot(report: dict[str, Any]) -> str:
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("channels")
-    return _svg(figure, axes, "What pruning left of each layer")
+    return as_svg(figure, axes, "What pruning left of each layer")
 
 
-def _svg(figure: Any, axes: Any, title: str) -> str:
+def as_svg(figure: Any, axes: Any, title: str) -> str:
     """Returns a plot as SVG text to be put into a page, in the page's own text colour."""
     from matplotlib import rc_context
 
