@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from ..models.dataset import open_dataset
 from ..models.errors import DatasetError, ModelFileError, OutputError, RecipeError
-from ..models.files import sha256, write_json
+from ..models.files import read_json, sha256, write_json
 from ..models.graph import load_model, node_macs
 from .data import open_photos, refuse_overlap
-from .pipeline import STEPS_FOLDER, Ruler, digest_of, first_state, read_json, run_step, step_key
+from .pipeline import STEPS_FOLDER, Ruler, digest_of, first_state, run_step, step_key
 from .price import Price, price_for
 from .recipe import Recipe
 from .settings import STEP_KINDS, VerifyStep

@@ -21,7 +21,7 @@ from ..models.detections import Detections
 from ..models.detector import OnnxDetector
 from ..models.errors import RecipeError
 from ..models.evaluate import Detector, run_detector
-from ..models.files import atomic_path, sha256, write_json
+from ..models.files import atomic_path, read_json, sha256, write_json
 from ..models.graph import load_model
 from . import parallel
 from .data import open_photos
@@ -32,7 +32,7 @@ from .measure import score
 from .onnx_io import save_model
 from .prune import count_macs
 from .recipe import Recipe
-from .settings import DistillStep, Step
+from .settings import DistillStep, PruneStep, Step
 from .source import Entered, enter
 from .state import (
     STATE_FILE,
@@ -256,6 +256,8 @@ def step_key(
 def _told(step: Step) -> dict[str, Any]:
     """Returns what a step is told: of files what they hold, not where they lie."""
     told = {k: v for k, v in step.model_dump(mode="json").items() if k not in NOT_IN_KEY}
+    if isinstance(step, PruneStep) and step.plan is not None:
+        told["plan"] = sha256(step.plan)
     if isinstance(step, DistillStep):
         told["teacher"] = [sha256(t) if isinstance(t, Path) else t for t in step.teacher]
     return told
@@ -348,14 +350,6 @@ def _copy(source: Path, target: Path, name: str | None) -> None:
 def finished_steps(folder: Path) -> int:
     """Returns how many steps are stored in an output folder."""
     return len(list((folder / STEPS_FOLDER).glob(f"*/{STATE_FILE}")))
-
-
-def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds; None if it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def digest_of(*parts: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models.errors import RecipeError
+from ..models.files import read_json
 from ..models.nets.common import DetectorNet
 from .compensate import refit
 from .criteria import Key, harm_of, layers
 from .cut import chosen_groups, cut
-from .groups import find_groups
+from .groups import ChannelMap, find_groups
 from .photos import calibration_batches
-from .prune import COSTS, PlanError, PruneRules, conv_costs, plan_pruning, total_cost
+from .prune import COSTS, ConvCost, PlanError, PruneRules, conv_costs, plan_pruning, total_cost
 from .settings import PruneStep
 from .state import State, StepReport, rows_kept
 
@@ -60,6 +62,9 @@ def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
         figures["cost_goal"] = round(goal)
     channels = find_groups(net, example)
     notes = [f"left alone: {count} channels at {why}" for why, count in channels.frozen.items()]
+    if config.plan is not None:
+        done = _cut_and_refit(state, read_plan(config.plan, channels), config)
+        return done, _reported(done, now_layers, figures, notes, start)
     if goal >= now:
         notes.insert(0, "nothing to cut: the network is already within the budget")
         figures["macs_after"] = macs
@@ -84,16 +89,48 @@ def run_prune(state: State, config: PruneStep) -> tuple[State, StepReport]:
     except ValueError as error:
         message = f"prune: {error}; leave the step out, or take criterion = 'l2'"
         raise RecipeError(message) from error
-    after = conv_costs(state.net, example)
-    figures["macs_after"] = sum(layer.macs for layer in after.values())
     if unit != "macs":
-        figures["cost_after"] = round(total_cost(after, cost_of))
+        figures["cost_after"] = round(total_cost(conv_costs(state.net, example), cost_of))
+    return state, _reported(state, now_layers, figures, notes, start)
+
+
+def _reported(
+    state: State,
+    before: dict[str, ConvCost],
+    figures: dict[str, Any],
+    notes: Sequence[str],
+    start: float,
+) -> StepReport:
+    after = conv_costs(state.net, state.example)
+    figures["macs_after"] = sum(layer.macs for layer in after.values())
     figures["layers"] = {
         name: [after[name].outputs, layer.outputs]
-        for name, layer in now_layers.items()
+        for name, layer in before.items()
         if after[name].outputs < layer.outputs
     }
-    return state, StepReport("prune", time.monotonic() - start, figures, tuple(notes))
+    return StepReport("prune", time.monotonic() - start, figures, tuple(notes))
+
+
+def read_plan(path: Path, channels: ChannelMap) -> dict[str, list[int]]:
+    """Returns a stored plan: layer -> output channels that go.
+
+    Raises:
+        RecipeError: The file is none, or of another network.
+    """
+    stored = read_json(path)
+    removed = stored.get("removed", stored) if isinstance(stored, dict) else None
+    if not isinstance(removed, dict) or not all(
+        isinstance(rows, list) and all(type(row) is int for row in rows)
+        for rows in removed.values()
+    ):
+        message = f"{path}: expected a plan, JSON with layer -> list of channels, found none"
+        raise RecipeError(message)
+    try:
+        chosen_groups(channels, removed)
+    except ValueError as error:
+        message = f"{path}: {error}; take the plan that was made for it"
+        raise RecipeError(message) from error
+    return {str(name): rows for name, rows in removed.items()}
 
 
 def _prune_part(
@@ -119,9 +156,22 @@ def _prune_part(
         sizes=sizes,
     )
     plan = plan_pruning(channels, harm, costs, ratio, rules)
-    small = cut(net, channels, chosen_groups(channels, plan.removed))
+    return _cut_and_refit(state, plan.removed, config, batches)
+
+
+def _cut_and_refit(
+    state: State,
+    removed: dict[str, list[int]],
+    config: PruneStep,
+    batches: list[Tensor] | None = None,
+) -> State:
+    job = state.job
+    if batches is None:
+        batches = calibration_batches(job.photos.train_paths, state.spec, config.photos)
+    channels = find_groups(state.net, state.example)
+    small = cut(state.net, channels, chosen_groups(channels, removed))
     assert isinstance(small, DetectorNet)
-    changed = state.changed(small.eval(), {"kind": "cut", "removed": plan.removed})
+    changed = state.changed(small.eval(), {"kind": "cut", "removed": removed})
     rows = rows_kept(state.teacher, changed.edits)
     few = batches[: max(1, REFIT_PHOTOS_MAX // len(batches[0]))]
     refit(changed.net, state.teacher, rows, few, ridge=REFIT_RIDGE, progress=job.progress)

@@ -174,7 +174,7 @@ class Recipe(Strict):
             if filling in rest:
                 message = f"steps: {filling} before sparsify (it fills zeros), found it after"
                 raise ValueError(message)
-        budgets = [s.budget for s in self.steps if isinstance(s, PruneStep)]
+        budgets = [s.budget for s in self.steps if isinstance(s, PruneStep) and s.plan is None]
         for (unit, first), (next_unit, second) in itertools.pairwise(budgets):
             if unit == next_unit and second >= first:
                 message = (
@@ -233,7 +233,9 @@ def make_recipe(values: Mapping[str, Any], base: Path, name: str = "recipe") -> 
         paths = {k: base / v for k in ("file", "weights") if (v := getattr(model, k)) is not None}
         model = model.model_copy(update=paths)
     steps = tuple(
-        step.with_teachers(lambda file: base / file) if isinstance(step, DistillStep) else step
+        step.with_files(lambda file: base / file)
+        if isinstance(step, DistillStep | PruneStep)
+        else step
         for step in recipe.steps
     )
     changes = {"out": base / recipe.out, "data": data, "model": model, "steps": steps}

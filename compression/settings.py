@@ -34,6 +34,8 @@ class PruneStep(Strict):
         align: Channels per layer are a multiple of this.
         photos: Photos that tell which channels matter, and that what is left is refitted on.
         keep_min: Each layer keeps at least this part of its channels.
+        plan: Carry this out in place of choosing: a JSON file, layer -> output channels that go,
+            as ``removed`` in ``state.json`` of an earlier run.
     """
 
     kind: Literal["prune"]
@@ -46,15 +48,17 @@ class PruneStep(Strict):
     align: int = Field(8, ge=1, le=128)
     photos: int = Field(96, ge=1)
     keep_min: float = Field(0.25, gt=0, le=1)
+    plan: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _one_budget(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        given = [k for k in ("macs_ratio", "cost_ratio") if values.get(k) is not None]
-        if len(given) == 2:
-            message = "one of macs_ratio or cost_ratio, found both"
+        names = ("macs_ratio", "cost_ratio", "plan")
+        given = [k for k in names if values.get(k) is not None]
+        if len(given) > 1:
+            message = f"one of macs_ratio, cost_ratio or plan, found {' and '.join(given)}"
             raise ValueError(message)
         return values if given else values | {"macs_ratio": 0.6}
 
@@ -63,8 +67,12 @@ class PruneStep(Strict):
         """What the budget is counted in, and how much of the original's is to be left."""
         if self.cost_ratio is not None:
             return self.cost, self.cost_ratio
-        assert self.macs_ratio is not None
-        return "macs", self.macs_ratio
+        return "macs", 1.0 if self.macs_ratio is None else self.macs_ratio
+
+    def with_files(self, change: Callable[[Path], Path]) -> PruneStep:
+        """Returns a copy with another path of its plan."""
+        plan = None if self.plan is None else change(self.plan)
+        return self.model_copy(update={"plan": plan})
 
 
 class ActivationsStep(Strict):
@@ -159,7 +167,7 @@ class DistillStep(Strict):
         """The teachers that are files."""
         return tuple(t for t in self.teacher if isinstance(t, Path))
 
-    def with_teachers(self, change: Callable[[Path], Path]) -> DistillStep:
+    def with_files(self, change: Callable[[Path], Path]) -> DistillStep:
         """Returns a copy with other paths of its teachers."""
         teachers = tuple(change(t) if isinstance(t, Path) else t for t in self.teacher)
         return self.model_copy(update={"teacher": teachers})

@@ -92,6 +92,14 @@ def write_text(target: Path | str, text: str) -> None:
     write_bytes(target, text.encode())
 
 
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds; None if it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def write_json(target: Path | str, value: Any) -> None:
     """Writes ``value`` as indented JSON in one step."""
     write_text(target, json.dumps(value, indent=2) + "\n")
