@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,6 @@ BITS_MIN: Final = 2
 """A single bit is not chosen by itself: without long training it leaves nothing of a layer."""
 SPARE_BYTES: Final = 96
 """For the name that a recipe may give the result, which is in the file."""
-STEP_BYTES: Final = 256
 
 
 def widths_within(
@@ -42,8 +42,7 @@ def widths_within(
     def size(widths: Mapping[str, int]) -> int:
         return file_bytes(_any_codes(model, layers, widths))
 
-    whole = size(most)
-    if whole <= limit:
+    if size(most) <= limit:
         return most, ("weights stay at 8 bits: the file is small enough",)
     options = {}
     for layer, harm in harms(model, layers, fits, photos, spec, progress):
@@ -58,17 +57,19 @@ def widths_within(
             for bits in sorted(PLANES, reverse=True)
             if bits >= BITS_MIN
         ]
-    goal = float(limit - whole)
-    widths = cheapest(options, goal)
-    least = cheapest(options, -np.inf)
-    while size(widths) > limit and widths != least:
-        goal -= max(size(widths) - limit, STEP_BYTES)
-        widths = cheapest(options, goal)
-    if (found := size(widths)) <= limit:
-        return widths, ()
+    steps = least_harm_first(options)
+
+    def after(count: int) -> dict[str, int]:
+        return most | dict(steps[:count])  # of a layer's steps the last one counts
+
+    count = bisect.bisect_left(range(len(steps) + 1), True, key=lambda k: size(after(k)) <= limit)
+    if count <= len(steps):
+        return after(count), ()
+    widths = after(len(steps))
+    found = size(widths) + SPARE_BYTES
     note = (
-        f"quantize.bytes_max: expected at most {bytes_max} bytes, found no way below "
-        f"{found + SPARE_BYTES}: this is the smallest file; cut channels (prune) to get further"
+        f"quantize.bytes_max: expected at most {bytes_max} bytes, found no way below {found}: "
+        "this is the smallest file; cut channels (prune) to get further"
     )
     return widths, (note,)
 
@@ -163,32 +164,21 @@ def in_float(model: Any) -> Any:
     return result
 
 
-def cheapest(
-    options: Mapping[str, Sequence[tuple[int, float, float]]], goal: float
-) -> dict[str, int]:
-    """Returns the width of each layer that saves enough bytes with the least harm in sum.
+def least_harm_first(
+    options: Mapping[str, Sequence[tuple[int, float, float]]],
+) -> list[tuple[str, int]]:
+    """Returns steps (layer, bits) in the order of harm per byte saved.
 
-    Steps along each layer's lower convex hull are taken in the order of harm per byte saved.
+    Steps go along each layer's lower convex hull, so that a layer's own steps keep their order.
 
     Args:
         options: Layer -> (bits, bytes, harm), the first the one to start from.
-        goal: Bytes to change by: negative.
     """
-    steps: list[tuple[float, str, int, float]] = []
+    steps: list[tuple[float, str, int]] = []
     for name, rows in options.items():
         at = rows[0]
-        while True:
-            below = [r for r in rows if r[1] < at[1]]
-            if not below:
-                break
-            nxt = min(below, key=lambda r: (r[2] - at[2]) / (at[1] - r[1]))
-            steps.append(((nxt[2] - at[2]) / (at[1] - nxt[1]), name, nxt[0], nxt[1] - at[1]))
-            at = nxt
-    widths = {name: rows[0][0] for name, rows in options.items()}
-    changed = 0.0
-    for _, name, bits, size in sorted(steps, key=lambda s: s[0]):
-        if changed <= goal:
-            break
-        widths[name] = bits
-        changed += size
-    return widths
+        while below := [r for r in rows if r[1] < at[1]]:
+            best = min(below, key=lambda r: ((r[2] - at[2]) / (at[1] - r[1]), r[1]))
+            steps.append(((best[2] - at[2]) / (at[1] - best[1]), name, best[0]))
+            at = best
+    return [(name, bits) for _, name, bits in sorted(steps, key=lambda step: step[0])]
