@@ -255,8 +255,9 @@ def plot(report: dict[str, Any]) -> bytes:
     for axes, (key, scale, label, limit) in zip(figure.subplots(1, 2), scales, strict=True):
         _dots(axes, report["beaten"], key, scale, GREY, "beaten by another")
         points = [(row[key] * scale, row["score"]["value"]) for row in rows]
-        outer = _outer([p for p in points if p[1] is not None])
-        axes.plot(*zip(*outer, strict=True), "-o", color=BLUE, markersize=5, label="frontier")
+        points = [p for p in points if p[1] is not None]
+        axes.plot(*zip(*_outer(points), strict=True), "-", color=BLUE)
+        axes.plot(*zip(*points, strict=True), "o", color=BLUE, markersize=5, label="frontier")
         eval_points = [(row[key] * scale, row["eval"]["value"]) for row in rows if row["eval"]]
         if eval_points:
             axes.plot(
