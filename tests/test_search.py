@@ -150,12 +150,15 @@ def test_the_best_recipe_can_be_run_again(base: Path, reached: dict[str, Any]) -
     assert sha256(result.final) == best["sha256"]
 
 
-def test_verify_sets_training_photos_beside_the_others(reached: dict[str, Any]) -> None:
+def test_verify_sets_training_photos_beside_the_others(base: Path, reached: dict[str, Any]) -> None:
     found = reached["run"]["verify"]["generalisation"]
     assert found["kind"] == "ap"
     assert found["train"]["after"]["photos"] == found["others"]["after"]["photos"] == 6
     assert found["others"]["after"]["value"] == reached["run"]["verify"]["after"]["value"]
     assert found["train"]["after"]["value"] != found["others"]["after"]["value"]
+    page = (base / "reached" / "report.html").read_text()
+    assert "<h2>Generalisation</h2>" in page
+    assert "AP on training / other photos" in page
 
 
 def test_a_target_out_of_reach_gives_the_nearest_model(
