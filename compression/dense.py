@@ -4,6 +4,11 @@ A teacher of another architecture, or the same network at another input size, ha
 the student. Its class scores are resampled bilinearly at the points that the student's cells speak
 for; its boxes are decoded to pixels and taken from the nearest cell. Heads with an objectness are
 compared by the score that they show, objectness times class.
+
+Heads differ in what they say of nothing: NanoDet-Plus gives every class of every empty cell a score
+of nearly 0.1, YOLOX one of nearly 0. Background is most of a picture, and a student that learned
+another's floor would learn little else. So a teacher's scores are moved to the student's floor, and
+each question counts by how far above it teacher or student is.
 """
 
 from __future__ import annotations
@@ -22,8 +27,10 @@ from .assign import Cells, giou
 from .distill import bernoulli_divergence
 
 PROBABILITY_MIN = 1e-6
-"""Scores are brought over as if none were closer to 0 or 1. They are blended as scores: between a
-cell that is sure and one that is not, their logits would be sure of nothing."""
+"""Scores are compared as if none were closer to 0 or 1. They are blended as scores: between a cell
+that is sure and one that is not, their logits would be sure of nothing."""
+FLOOR_STEP = 7
+"""Every so many cells tell the score of nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,14 @@ class Dense:
     """A teacher's opinion of each of the student's cells; no gradient.
 
     Attributes:
-        logits: ``(b, n, k)`` of the shown score, for the classes that both know.
+        score: ``(b, n, k)``; shown, for the classes that both know, on the student's floor.
+        floor: ``(b, 1, 1)``; what the student shows where there is nothing.
         boxes: ``(b, n, 4)`` in the student's input pixels.
         inside: ``(b, n)``; 1 where a cell speaks for a point of the picture, 0 in the padding.
     """
 
-    logits: Tensor
+    score: Tensor
+    floor: Tensor
     boxes: Tensor
     inside: Tensor
 
@@ -106,8 +115,19 @@ def resample(
             boxes_k.append(_sampled(boxes[k, at], (h, w), grid, "nearest"))
         found.append(torch.cat(scores_k))
         places.append(torch.cat(boxes_k))
-    shown = torch.stack(found).clamp(PROBABILITY_MIN, 1 - PROBABILITY_MIN)
-    return Dense(torch.logit(shown), torch.stack(places), inside.float())
+    theirs_floor, our_floor = floor_of(score), floor_of(shown_logits(ours).sigmoid())
+    above = ((torch.stack(found) - theirs_floor) / (1 - theirs_floor)).clamp_min(0)
+    moved = our_floor + (1 - our_floor) * above
+    return Dense(moved, our_floor, torch.stack(places), inside.float())
+
+
+def floor_of(score: Tensor) -> Tensor:
+    """Returns the score of nothing in each picture, ``(b, 1, 1)``: the median of all.
+
+    Args:
+        score: ``(b, n, k)``, shown.
+    """
+    return score[:, ::FLOOR_STEP].flatten(1).median(1).values[:, None, None]
 
 
 def _sampled(values: Tensor, shape: tuple[int, int], grid: Tensor, mode: str) -> Tensor:
@@ -128,12 +148,16 @@ def dense_loss(
         temperature: Softens both sides.
     """
     logits = shown_logits(ours)[..., columns]
-    sure = goal.logits.sigmoid().amax(2).square() * goal.inside
-    weight = torch.maximum(sure, logits.detach().sigmoid().amax(2).square() * goal.inside)
-    divergence = bernoulli_divergence(logits, goal.logits, temperature).sum(2)
-    total = parallel.total(sure.sum()).clamp_min(1e-6)
-    boxes = (1 - giou(ours.boxes, goal.boxes)) * sure
-    return (divergence * weight).sum() / total, boxes.sum() / total
+    inside = goal.inside[..., None]
+    sure = (goal.score - goal.floor).square() * inside
+    unsure = (logits.detach().sigmoid() - goal.floor).clamp_min(0).square() * inside
+    wanted = torch.logit(goal.score.clamp(PROBABILITY_MIN, 1 - PROBABILITY_MIN))
+    divergence = bernoulli_divergence(logits, wanted, temperature)
+    scores = (divergence * torch.maximum(sure, unsure)).sum()
+    there = sure.amax(2)
+    boxes = ((1 - giou(ours.boxes, goal.boxes)) * there).sum()
+    total = parallel.total(there.sum()).clamp_min(1e-6)
+    return scores / total, boxes / total
 
 
 def _geometry(places: Sequence[Placement], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

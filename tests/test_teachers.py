@@ -120,7 +120,7 @@ def brought(teacher: tuple[Any, ...], student: tuple[Any, ...], sure: float = 4.
 def test_a_teachers_cells_arrive_where_the_object_is(teacher: Any, student: Any) -> None:
     """NanoDet-Plus into YOLOX and back, and from larger and smaller inputs."""
     goal, cells, ours = brought(teacher, student)
-    score = goal.logits[0].sigmoid()
+    score = goal.score[0]
     best = int(score[:, 1].argmax())
     assert score[best, 1] > 0.8
     assert score[:, 0].max() < 0.1
@@ -146,10 +146,38 @@ def test_no_loss_for_who_says_the_same(kind: Any) -> None:
     scores, boxes = dense_loss(cells, torch.tensor([0, 1]), goal)
     assert float(scores) == pytest.approx(0, abs=1e-4)
     assert float(boxes) == pytest.approx(0, abs=1e-4)
-    for change in ("logits", "boxes"):
-        other = Dense(**{**vars(goal), change: getattr(goal, change) + 3})
+    for change, by in (("score", -0.3), ("boxes", 3.0)):
+        other = Dense(**{**vars(goal), change: (getattr(goal, change) + by).clamp_min(1e-3)})
         terms = [float(term) for term in dense_loss(cells, torch.tensor([0, 1]), other)]
         assert max(terms) > 0.01
+
+
+def test_another_heads_score_of_nothing_is_not_learned() -> None:
+    """NanoDet-Plus says 0.1 of every class in empty cells; a YOLOX student's background stays."""
+    teacher, student = KINDS[2], KINDS[0]
+    theirs, ours = spec_of(*teacher), spec_of(*student)
+    levels = maps("nanodet_plus", theirs)
+    for level in levels:
+        level[:, :2] = level[:, :2].clamp_min(-2.2)  # a floor of 0.1
+    student_maps = [m.requires_grad_() for m in maps("yolox", ours)]
+    cells = read_cells(net_of("yolox"), student_maps)
+    goal = resample(
+        read_cells(net_of("nanodet_plus"), levels),
+        [grid_hw(theirs.input_hw, s) for s in theirs.strides],
+        [place_in(theirs)],
+        torch.tensor([0, 1]),
+        cells,
+        [grid_hw(ours.input_hw, s) for s in ours.strides],
+        [place_in(ours)],
+    )
+    assert goal.score.median() < 0.01
+    assert goal.score.max() > 0.8
+    sum(dense_loss(cells, torch.tensor([0, 1]), goal)).backward()
+    coarse = student_maps[2].grad
+    assert coarse is not None
+    assert float(coarse[:, 4:].abs().max()) < 1e-3, "nobody sees anything at this level"
+    learned = [m.grad for m in student_maps]
+    assert max(float(g[:, 6].abs().max()) for g in learned if g is not None) > 1e-2
 
 
 def test_a_confident_miss_costs_more_than_another_kind_of_head() -> None:
@@ -362,7 +390,7 @@ def agreement(
             cells, our_shapes, batch.placements,
         )  # fmt: skip
         mine = shown_logits(cells)[..., torch.from_numpy(table[columns.numpy()])].sigmoid()
-        both = torch.minimum(dense.logits.sigmoid(), mine).amax(2) > 0.4
+        both = torch.minimum(dense.score, mine).amax(2) > 0.4
         assert int(both.sum()) >= 5
         assert any(len(found) for found in goal.boxes)
         return float(giou(cells.boxes[both], dense.boxes[both]).mean())
