@@ -147,7 +147,7 @@ def require_extras() -> None:
 
 
 def _advise(core: str) -> None:
-    """Says before a long run that INT8 will hardly be faster on its core, where it is so."""
+    """Says before a long run that INT8 gains little speed on its core, where it is so."""
     advice = int8_advice(core)
     if advice is not None:
         print(f"note: {advice}", file=sys.stderr)

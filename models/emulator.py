@@ -317,6 +317,9 @@ def boot(guest: Guest, core: str, files: Mapping[str, bytes], silence_s: float) 
         command += ["-display", "none", "-monitor", "none", "-serial", "stdio"]
         command += ["-kernel", str(guest.kernel), "-initrd", str(initrd)]
         command += ["-append", "console=ttyAMA0 rdinit=/init quiet loglevel=3 panic=1"]
+        setpriv = shutil.which("setpriv")
+        if setpriv is not None:  # it must not outlive us if we are killed
+            command = [setpriv, "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
