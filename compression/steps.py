@@ -46,7 +46,7 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
         photos_max=config.photos,
         seed=job.seed,
         integer_share_min=config.integer_share_min,
-        refine=0 if low else config.refine,  # few bits are trained once, as they will be
+        refine=config.refine,
     )
     photos, bars = job.photos.train_paths, _progress(job.progress)
     result = quantize(model, spec, photos, settings, progress=bars)

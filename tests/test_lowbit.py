@@ -280,13 +280,22 @@ def test_training_that_makes_it_worse_is_not_kept(
     pictures: list[Path], model: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lowbit_train, "RATE", 0.9)
-    config = LowBitConfig(weights=6, refine=16)
+    config = LowBitConfig(weights=3, refine=16)
     found, plain = (
         lower(whole, model, SPEC, pictures, c, progress=quiet)
         for c in (config, replace(config, refine=0))
     )
     assert not found.report["refined"]["kept"]
     assert found.model == plain.model
+
+
+def test_where_few_bits_change_little_nothing_is_trained(
+    pictures: list[Path], model: Any, whole: Any
+) -> None:
+    config = LowBitConfig(bytes_max=10**6, refine=16)
+    found = lower(whole, model, SPEC, pictures, config, progress=quiet)
+    assert found.report["refined"]["photos"] == 0
+    assert found.notes[-1] == "not trained again: few bits changed little"
 
 
 def test_wrong_values_are_refused(pictures: list[Path], model: Any) -> None:
