@@ -122,8 +122,8 @@ class DistillStep(Strict):
             boxes, only what the teachers compute.
         save_s: Seconds between checkpoints.
         teacher: ``self`` (the uncut network), an ONNX detector of any architecture, or several.
-        teacher_hw: Input height and width of the uncut network as teacher; as the student's if
-            missing. Larger ones see more.
+        teacher_hw: A larger input height and width at which the uncut network teaches besides:
+            there it sees more.
         temperature: Softens scores and distributions of student and teachers.
         mosaic: Part of the pictures that are put together from four photos; none in the last
             sixth of the run.

@@ -76,6 +76,8 @@ def test_a_file_whose_cells_cannot_be_read_teaches_by_its_boxes(
 def test_from_itself_at_a_larger_size(folder: Path) -> None:
     results = [run(folder, teacher_hw=hw, labels="none") for hw in ([96, 128], [64, 64])]
     same = run(folder, labels="none")
+    assert report(results[0]).figures["teachers"] == ["self", "self at 96x128"]
+    assert report(results[1]).figures["teachers"] == ["self"]
     nets = [list(r.state.net.parameters()) for r in (*results, same)]
     assert not all(torch.equal(a, b) for a, b in zip(nets[0], nets[2], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(nets[1], nets[2], strict=True)), "its own size"
