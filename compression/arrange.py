@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.heads import grid_hw
 from ..models.spec import ModelSpec
-from .levels import CELL_OFFSETS, Layout
+from .levels import CELL_OFFSETS, CHOICE, Layout
 
 Tail = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 TOLERANCE = 1e-4
@@ -84,6 +84,8 @@ def arrange(
         softmax: Whether the tail has one: boxes are then distributions.
     """
     unknown = unknown_arrangement(len(shapes))
+    if spec.head == "classify":
+        return _classifier(tail, shapes, spec) or unknown
     total = sum(s[1] for s in shapes)
     numbers = ((torch.arange(total) + 0.5) / total * 2 - 1) * REACH
     maps = [
@@ -116,6 +118,20 @@ def arrange(
         return unknown
     arrangement = Arrangement(tuple(levels), tuple(orders), layout)
     return arrangement if _holds(arrangement, sources, tail, shapes, spec) else unknown
+
+
+def _classifier(
+    tail: Tail, shapes: Sequence[tuple[int, ...]], spec: ModelSpec
+) -> Arrangement | None:
+    """Returns the one for a classifier's only map; None if more than a softmax comes behind it."""
+    if list(shapes) != [(1, len(spec.classes), 1, 1)]:
+        return None
+    logits = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
+    found = tail([logits])[0].flatten()
+    for wanted in (logits.flatten(), logits.flatten().softmax(0)):
+        if torch.allclose(found, wanted, atol=TOLERANCE):
+            return Arrangement(((0,),), ((),), CHOICE)
+    return None
 
 
 def _find(maps: Sequence[Tensor], mine: Sequence[int], columns: Tensor, scores: range) -> list[int]:

@@ -19,6 +19,7 @@ from ..models.spec import ModelSpec
 
 Matrix = npt.NDArray[np.float64]
 """float64 ``(2, 3)``: where a point of the photo lies in the picture, both in pixels."""
+UNMOVED: Matrix = np.array([[1.0, 0, 0], [0, 1, 0]])
 TILE_ZOOM = (0.8, 1.6)
 """A photo in a mosaic is this much larger than what just fills its tile."""
 
@@ -39,15 +40,16 @@ class Piece:
 
 
 def augment(image: Image, rng: np.random.Generator, spec: ModelSpec) -> tuple[Image, Matrix]:
-    """Flips, zooms and recolours one picture.
+    """Flips, zooms and recolours one picture; a classifier's is not flipped, and hardly cropped.
 
     Returns:
         The picture, and where a point of the source lies in it.
     """
-    image, matrix = _flipped(image, rng)
+    whole = spec.head == "classify"  # the object is the whole picture, and mirrored, a 2 is none
+    image, matrix = (image, UNMOVED.copy()) if whole else _flipped(image, rng)
     height, width = image.shape[:2]
     if rng.random() < 0.7:  # a crop (objects grow) or a canvas (objects shrink)
-        zoom = float(rng.uniform(0.6, 1.3))
+        zoom = float(rng.uniform(0.9 if whole else 0.6, 1.3))
         stretch = math.sqrt(float(rng.uniform(0.8, 1.25)))
         view_w, view_h = width * zoom * stretch, height * zoom / stretch
         left = float(rng.uniform(min(0.0, width - view_w), max(0.0, width - view_w)))
@@ -115,7 +117,7 @@ def _flipped(image: Image, rng: np.random.Generator) -> tuple[Image, Matrix]:
     if rng.random() < 0.5:
         mirrored = np.array([[-1.0, 0, image.shape[1]], [0, 1, 0]])
         return np.ascontiguousarray(image[:, ::-1]), mirrored
-    return image, np.array([[1.0, 0, 0], [0, 1, 0]])
+    return image, UNMOVED.copy()
 
 
 def _seen(image: Image, view: Matrix, size_wh: tuple[int, int], spec: ModelSpec) -> Image:

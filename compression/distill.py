@@ -1,10 +1,11 @@
 """Distillation of detectors: what the student should match in the teacher, cell by cell.
 
 All terms are zero for equal networks. Scores are compared as yes/no probabilities (Kullback-Leibler
-divergence of Bernoulli variables, taken on log-sigmoids), box distributions by their divergence
-(localisation distillation, arXiv 2102.12252; on log-softmaxes), offsets by their distance, and the
-outputs of all dense convolutions by their error relative to the teacher's variance. Cells count by
-how sure teacher or student is of an object there, so that background does not drown the objects.
+divergence of Bernoulli variables, taken on log-sigmoids), a classifier's as one choice (on
+log-softmaxes), box distributions by their divergence (localisation distillation, arXiv 2102.12252;
+on log-softmaxes), offsets by their distance, and the outputs of all dense convolutions by their
+error relative to the teacher's variance. Cells count by how sure teacher or student is of an object
+there, so that background does not drown the objects.
 
 A temperature above 1 softens both sides of a divergence; it is then multiplied by the temperature's
 square, so that gradients keep their size (Hinton et al., arXiv 1503.02531).
@@ -83,7 +84,10 @@ def output_loss(
     for mine, theirs in zip(student, teacher, strict=True):
         ours, goal = take_apart(net, mine), take_apart(net, theirs)
         weight = torch.maximum(ours.confidence, goal.confidence).square()
-        divergence = bernoulli_divergence(ours.logits, goal.logits, temperature)
+        if ours.choice:
+            divergence = softmax_divergence(ours.logits, goal.logits, 1, temperature)[:, None]
+        else:
+            divergence = bernoulli_divergence(ours.logits, goal.logits, temperature)
         scores = scores + (divergence * weight).sum()
         sure = goal.confidence.square()
         if goal.bins:

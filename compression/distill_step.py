@@ -159,6 +159,13 @@ def open_teachers(state: State, config: DistillStep) -> Teachers:
             result.guides.append(guide)
     if strangers:
         result.guides.append(Panel(strangers, state.spec))
+    if strangers and layout_of(state.net).choice:
+        message = (
+            f"distill.teacher: expected a classifier with the detector's classes, input size and "
+            f"normalisation, and nothing but a softmax behind its scores, found {strangers[0].name}"
+            '; export it so, or say teacher = "self"'
+        )
+        raise RecipeError(message)
     if strangers and not readable(state.net):
         message = (
             f"distill.teacher: {strangers[0].name} has other maps than the detector, and how the "
@@ -207,12 +214,14 @@ def _open_file(
         why = str(error).removeprefix(f"{path}: ")
         notes.append(f"teacher {path.name}: only the boxes that it finds are learned from ({why})")
         return Stranger(path.name, digest, detector.spec, None, detector, table)
+    layout = layout_of(state.net)
+    twin = is_twin(entered.spec, state.spec) and layout_of(entered.net) == layout
+    if twin and (layout.learns_boxes or layout.choice):
+        alike = type(entered.net) is type(state.net) and not isinstance(state.net, ForeignNet)
+        return Twin(entered.net, features=alike, name=digest)
     if not readable(entered.net):
         notes.append(f"teacher {path.name}: only the boxes that it finds are learned from")
         return Stranger(path.name, digest, detector.spec, None, detector, table)
-    if is_twin(entered.spec, state.spec) and layout_of(entered.net) == layout_of(state.net):
-        alike = type(entered.net) is type(state.net) and not isinstance(state.net, ForeignNet)
-        return Twin(entered.net, features=alike, name=digest)
     return Stranger(path.name, digest, entered.spec, entered.net, None, table)
 
 
@@ -222,7 +231,10 @@ def _labels(
     """Returns the boxes to learn from, or why there are none."""
     if config.labels == "none":
         return None, ()
-    if not layout_of(state.net).learns_boxes:
+    layout = layout_of(state.net)
+    if layout.choice:
+        return None, ("labels not used: a classifier learns from its teachers",)
+    if not layout.learns_boxes:
         note = "labels not used: how this network's maps hold its boxes is not known"
         return None, (note,)
     assert detector is not None

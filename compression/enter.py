@@ -27,6 +27,7 @@ from ..models.preprocess import normalise, prepare
 from ..models.recognise import read_spec
 from ..models.spec import ModelSpec
 from .foreign import ForeignNet, convert_onnx
+from .linear import linear_as_convs
 from .plain import plain, trace
 from .sever import prepare as prepare_model
 from .sever import sever
@@ -59,7 +60,7 @@ def enter_onnx(path: Path | str, head: str | None = None) -> tuple[ForeignNet, M
     detector = OnnxDetector(path, head=head)
     try:
         model, spec = prepare_model(load_model(path), detector.spec)
-        severed = sever(model)
+        severed = sever(linear_as_convs(model))
         body = trace(convert_onnx(severed.body))
         plain(body, torch.zeros(1, 3, *spec.input_hw))
         net = ForeignNet(spec.name or path.stem, spec, severed, body)

@@ -18,16 +18,19 @@ class LevelParts:
     """One raw map, taken apart.
 
     Attributes:
-        logits: ``(b, k, h, w)``; each is a yes/no question (class, objectness).
+        logits: ``(b, k, h, w)``; each is a yes/no question (class, objectness), or all are
+            one choice.
         boxes: ``(b, c, h, w)``; distribution bins or offsets.
         bins: Bins per box side if ``boxes`` is a distribution, else 0.
         confidence: ``(b, 1, h, w)``; the best class score of each cell, 0..1, no gradient.
+        choice: Whether the logits are one choice among all classes (a softmax), and no boxes.
     """
 
     logits: Tensor
     boxes: Tensor
     bins: int
     confidence: Tensor
+    choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Layout:
         bins: Bins per box side if boxes are distributions (-1: a quarter of them), else 0.
         objectness: Whether the first logit is the objectness, which multiplies the classes.
         cell_offset: Where in its cell a distribution's sides are counted from, 0..1.
+        choice: Whether the logits are one choice among all classes (a softmax): a classifier.
     """
 
     logits: slice
@@ -47,11 +51,16 @@ class Layout:
     bins: int = 0
     objectness: bool = False
     cell_offset: float = 0.0
+    choice: bool = False
 
     @property
     def learns_boxes(self) -> bool:
         """Whether boxes can be read from a map, and so learned from labels."""
         return self.objectness or self.bins != 0
+
+
+CHOICE = Layout(slice(0, None), slice(0, 0), choice=True)
+"""Of a classifier."""
 
 
 def layout_of(net: DetectorNet) -> Layout:
@@ -69,7 +78,9 @@ def layout_of(net: DetectorNet) -> Layout:
         count = net.num_classes
         offset = CELL_OFFSETS.get(net.spec_head, 0.0)
         return Layout(slice(0, count), slice(count, None), bins=-1, cell_offset=offset)
-    message = f"expected a yolox or nanodet head, found {net.spec_head!r}"
+    if net.spec_head == "classify":
+        return CHOICE
+    message = f"expected a yolox, nanodet or classify head, found {net.spec_head!r}"
     raise ValueError(message)
 
 
@@ -82,14 +93,18 @@ def take_apart(net: DetectorNet, level: Tensor) -> LevelParts:
     layout = layout_of(net)
     logits, boxes = level[:, layout.logits], level[:, layout.boxes]
     bins = boxes.shape[1] // 4 if layout.bins < 0 else layout.bins
-    score = logits.detach().sigmoid()
+    score = _scores(logits.detach(), layout.choice)
     if not logits.shape[1]:  # nothing is known of the map: all of it counts alike
         best = torch.ones_like(boxes[:, :1].detach())
     elif layout.objectness:
         best = score[:, :1] * score[:, 1:].amax(1, keepdim=True)
     else:
         best = score.amax(1, keepdim=True)
-    return LevelParts(logits, boxes, bins, best)
+    return LevelParts(logits, boxes, bins, best, layout.choice)
+
+
+def _scores(logits: Tensor, choice: bool) -> Tensor:
+    return logits.softmax(1) if choice else logits.sigmoid()
 
 
 def probe_loss(net: DetectorNet, levels: list[Tensor], generator: torch.Generator) -> Tensor:
@@ -103,7 +118,7 @@ def probe_loss(net: DetectorNet, levels: list[Tensor], generator: torch.Generato
     for level in levels:
         parts = take_apart(net, level)
         weight = parts.confidence.square()
-        score = parts.logits.sigmoid()
+        score = _scores(parts.logits, parts.choice)
         boxes = parts.boxes
         if parts.bins:
             b, _, h, w = boxes.shape

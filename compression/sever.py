@@ -74,7 +74,7 @@ def prepare(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
         del model.graph.input[:]
         info = onnx.helper.make_tensor_value_info(planes, 1, [1, 3, height, width])
         model.graph.input.append(info)
-        _drop_dead(model)
+        drop_dead(model)
         return model, spec.with_changes(input_format="float_nchw")
     message = "expected pre-processing that ends in a transpose, found none; export the model again"
     raise ModelFileError(message)
@@ -125,7 +125,7 @@ def sever(model: Any) -> Severed:
     maps = sorted(cuts, key=lambda n: (-shapes[n][2] * shapes[n][3], place[n]))
     tail_nodes = [n for n in model.graph.node if id(n) in tail]
     body = _part(model, list(model.graph.node), model.graph.input, [_info(m, shapes) for m in maps])
-    _drop_dead(body)
+    drop_dead(body)
     choose_channels(body)
     _free_batch(body)
     tail_model = _part(model, tail_nodes, [_info(m, shapes) for m in maps], model.graph.output)
@@ -171,7 +171,7 @@ def choose_channels(model: Any) -> None:
                 continue
             values[source] = (source, np.arange(np.prod(shape)).reshape(shape))
         root, entries = values[source]
-        for name, result in zip(node.output, _moved(model, node, entries, stored), strict=True):
+        for name, result in zip(node.output, moved(model, node, entries, stored), strict=True):
             values[name] = (root, result)
             index = _chosen_channels(result, shapes[root])
             if index is not None:
@@ -193,10 +193,10 @@ def choose_channels(model: Any) -> None:
             )
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _drop_dead(model)
+    drop_dead(model)
 
 
-def _moved(model: Any, node: Any, entries: Ints, stored: dict[str, Any]) -> list[Ints]:
+def moved(model: Any, node: Any, entries: Ints, stored: dict[str, Any]) -> list[Ints]:
     """Runs one moving operator on numbered entries."""
     onnx = require_onnx()
     from onnx.reference import ReferenceEvaluator
@@ -239,7 +239,7 @@ def _free_batch(model: Any) -> None:
             tensor = onnx.numpy_helper.from_array(shape, f"{node.output[0]}_shape")
             model.graph.initializer.append(tensor)
             node.input[1] = tensor.name
-    _drop_dead(model)
+    drop_dead(model)
 
 
 def _on_grid(shape: tuple[int, ...], input_hw: tuple[int, ...]) -> bool:
@@ -269,7 +269,7 @@ def _part(model: Any, nodes: list[Any], inputs: Any, outputs: Any) -> Any:
     return result
 
 
-def _drop_dead(model: Any) -> None:
+def drop_dead(model: Any) -> None:
     """Removes operators and constants that no output needs, in place."""
     needed = {o.name for o in model.graph.output}
     nodes = []

@@ -20,6 +20,8 @@ CANDIDATES_MAX = 1000
 
 Candidates = tuple[FloatArray, FloatArray, IntArray]
 Decoder = Callable[[Sequence[FloatArray], ModelSpec, float], Candidates]
+WHOLE = 8192
+"""Stride of a classifier: one cell over a picture of any size."""
 SSD_GRIDS = 6
 SSD_RATIOS = (2.0, 3.0)
 SSD_SCALES = (*(0.2 + 0.15 * k for k in range(SSD_GRIDS)), 1.0)
@@ -104,6 +106,17 @@ def decode_ssdlite(outputs: Sequence[FloatArray], spec: ModelSpec, score_min: fl
     return np.concatenate([centre - half, centre + half], axis=1) * size, score, label
 
 
+def decode_classify(outputs: Sequence[FloatArray], spec: ModelSpec, score_min: float) -> Candidates:
+    """A classifier: ``(1, classes)`` logits or probabilities; its box is the whole input."""
+    raw = outputs[0]
+    if raw.min() < 0 or abs(float(raw.sum()) - 1) > 1e-3:  # no softmax inside the network
+        raw = np.exp(raw - raw.max())
+        raw = raw / raw.sum()
+    _, label, score = _best_pairs(raw, score_min)
+    height, width = spec.input_hw
+    return np.tile(np.array([0, 0, width, height], np.float32), (len(label), 1)), score, label
+
+
 @lru_cache(maxsize=4)
 def ssdlite_anchors(input_hw: tuple[int, int]) -> FloatArray:
     """Returns torchvision's default boxes, float32 ``(n, 4)``: centre x, y, w, h in 0..1."""
@@ -183,4 +196,5 @@ HEADS: dict[str, Head] = {
     "ssdlite": Head(
         decode_ssdlite, (16, 32, 64), "rgb", (127.5,) * 3, (127.5,) * 3, "stretch", 0.55
     ),
+    "classify": Head(decode_classify, (WHOLE,), "rgb", (0.0,) * 3, (255.0,) * 3, "stretch", 1.0),
 }

@@ -48,7 +48,8 @@ def read_spec(
     fits = {
         name: classes
         for name in HEADS
-        if (classes := class_count(name, input_hw, list(outputs.values()))) is not None
+        if (name != "classify" or head == name)  # nothing tells the colours that it was trained on
+        and (classes := class_count(name, input_hw, list(outputs.values()))) is not None
     }
     if head is None and (other := _other_task(fits, metadata)):
         message = f"expected a detector, found {other}; export a detection model, or name its head"
@@ -130,6 +131,8 @@ def class_count(
         by_width = sorted(shapes, key=lambda s: -s[-1] if s else 0)
         if len(shapes) == 2 and by_width[0][:2] == (1, n) and by_width[1] == (1, n, 4):
             classes = by_width[0][2] - 1
+    elif head == "classify":
+        classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else 0
     elif len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][0] == 1:
         rows, width = shapes[0][1:]
         if head == "yolov8":
