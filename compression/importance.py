@@ -8,7 +8,6 @@ detector's outputs depend on them, so costs of different layers can be compared.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass
 class ConvStats:
-    """What pruning and factorising need to know of one convolution or linear layer.
+    """What pruning needs to know of one convolution.
 
     Attributes:
         weight: float64 ``(out, in * k * k)``.
@@ -35,8 +34,6 @@ class ConvStats:
         sensitivity: Squared effect of an error in each output channel, float64 ``(out,)``.
         cells: Output positions per photo.
         taps: ``k * k``.
-        mean: Of its inputs, float64 ``(in * k * k,)``, in units that make
-            ``gram - outer(mean, mean)`` their covariance; None if it was not gathered.
     """
 
     weight: Matrix
@@ -44,18 +41,12 @@ class ConvStats:
     sensitivity: Matrix
     cells: int
     taps: int
-    mean: Matrix | None = None
-
-    @property
-    def covariance(self) -> Matrix:
-        """What the inputs vary by: a constant part costs nothing, biases carry it."""
-        return self.gram if self.mean is None else self.gram - np.outer(self.mean, self.mean)
 
 
 def collect_stats(
     net: DetectorNet, batches: Iterable[Tensor], seed: int = 0, samples_max: int = 400
 ) -> dict[str, ConvStats]:
-    """Runs the network on photos; gathers the statistics of dense convolutions and linear layers.
+    """Runs the network on photos and gathers the statistics of all dense convolutions.
 
     Args:
         net: In eval mode, normalisation folded.
@@ -65,23 +56,17 @@ def collect_stats(
     """
     torch.set_flush_denormal(True)  # tiny gradients are a hundred times slower on x86 otherwise
     generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: m
-        for name, m in net.named_modules()
-        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+    convs = {
+        name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1
     }
-    calls: Counter[str] = Counter()
-    means: dict[str, Matrix] = {}
     stats: dict[str, ConvStats] = {}
 
-    def remember(name: str, module: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor) -> None:
+    def remember(name: str, module: nn.Conv2d, x: Tensor, y: Tensor) -> None:
         x = x.detach()  # of this call: a shared convolution has several
         y.register_hook(lambda grad: gather(name, module, x, grad))  # type: ignore[no-untyped-call]
 
-    def gather(name: str, module: nn.Conv2d | nn.Linear, x: Tensor, grad: Tensor) -> None:
+    def gather(name: str, module: nn.Conv2d, x: Tensor, grad: Tensor) -> None:
         grad = grad.float()
-        if isinstance(module, nn.Linear):
-            grad = grad.flatten(0, -2)[:, :, None, None]
         columns = unfold(x, module).float()
         energy = grad.square().sum((0, 2, 3)).double().numpy()
         weights = grad.square().sum(1).flatten()
@@ -89,23 +74,19 @@ def collect_stats(
         if len(columns) > samples_max:
             pick = torch.randperm(len(columns), generator=generator)[:samples_max]
             columns, weights = columns[pick], weights[pick]
-        mean = (columns * weights[:, None]).sum(0).div(weights.sum()).double().numpy()
         columns = columns * weights[:, None].sqrt()
         gram = (columns.T @ columns / weights.sum()).double().numpy()
         if name not in stats:
             weight = module.weight.detach().flatten(1).double().numpy().copy()
-            taps = int(np.prod(module.weight.shape[2:]))
+            taps = module.weight.shape[2] * module.weight.shape[3]
             cells = grad.shape[2] * grad.shape[3]
             zero = np.zeros(len(weight))
             stats[name] = ConvStats(weight, np.zeros_like(gram), zero, cells, taps)
-            means[name] = np.zeros_like(mean)
-        calls[name] += 1
-        means[name] += mean
         stats[name].gram += gram
         stats[name].sensitivity += energy
 
     handles: list[RemovableHandle] = []
-    for name, module in layers.items():
+    for name, module in convs.items():
         handles.append(
             module.register_forward_hook(lambda m, i, o, name=name: remember(name, m, i[0], o))
         )
@@ -121,10 +102,8 @@ def collect_stats(
         for handle in handles:
             handle.remove()
         net.zero_grad(set_to_none=True)
-    for name, stat in stats.items():
+    for stat in stats.values():
         stat.gram /= count
-        # A layer that is called twice has twice the gram.
-        stat.mean = means[name] / np.sqrt(calls[name] * count)
     return stats
 
 

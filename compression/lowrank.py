@@ -34,7 +34,7 @@ class Subject:
         weight: float64 ``(out, in, kh, kw)``.
         root: Lower triangle ``L`` with ``L @ L.T`` the covariance of the layer's inputs, float64
             ``(in * kh * kw, in * kh * kw)``; None if all inputs count alike.
-        importance: Squared effect of an error in each output, float64 ``(out,)``.
+        importance: What a square error in each output counts, float64 ``(out,)``.
     """
 
     weight: Matrix
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def scaled(self) -> Matrix:
-        """Weights in units of their effect, ``(out, in * kh * kw)``."""
+        """Weights by what they count, ``(out, in * kh * kw)``."""
         return self.weight.reshape(len(self.weight), -1) * self._scale
 
     @property
@@ -60,7 +60,7 @@ class Subject:
         return last / self._scale
 
     def energy(self) -> float:
-        """Returns the variance of the outputs, in units of their effect."""
+        """Returns the variance of the outputs, by what they count."""
         return float(np.square(self.seen(self.scaled)).sum())
 
     def error(self, weights: Sequence[Matrix], how: str) -> float:
@@ -90,7 +90,7 @@ def subject_of(
     Args:
         layer: The layer.
         covariance: Of its inputs, float64 ``(in * kh * kw, in * kh * kw)``; None: alike.
-        importance: Squared effect of an error in each output, float64 ``(out,)``; None: alike.
+        importance: What a square error in each output counts, float64 ``(out,)``; None: alike.
     """
     stored: Matrix = layer.weight.detach().cpu().double().numpy()
     weight: Matrix = stored.reshape(*stored.shape, *[1] * (4 - stored.ndim))
@@ -108,17 +108,18 @@ def root_of(covariance: Matrix) -> Matrix:
     Raises:
         ValueError: It holds values that are not finite.
     """
+    if not np.isfinite(covariance).all():
+        message = "expected inputs with finite covariance, found some that are not finite"
+        raise ValueError(message)
     size = len(covariance)
     damping = RIDGE * max(float(np.trace(covariance)) / size, 1e-30)
-    for _ in range(12):  # sums in single precision may leave it a little negative
+    while True:  # sums in single precision may leave it a little negative
         try:
             root = np.linalg.cholesky(covariance + damping * np.eye(size))
         except np.linalg.LinAlgError:
             damping *= 10
         else:
             return np.asarray(root, np.float64)
-    message = "expected inputs with finite covariance, found some that are not finite"
-    raise ValueError(message)
 
 
 def decompose(subject: Subject, how: str, ranks: Sequence[int]) -> list[Matrix]:

@@ -7,7 +7,7 @@ import copy
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.errors import RecipeError
 from ..models.nets.common import DetectorNet
 from .chain import HOWS, Factor, Layer, Ranks, as_factor, chain_of, full_ranks, put, stand_in
 from .compensate import refit
-from .importance import ConvStats, collect_stats
 from .lowrank import Subject, decompose, input_spectrum, output_spectrum, recompose, subject_of
+from .moments import Moments, collect_moments
 from .photos import calibration_batches
 from .prune import COSTS, ConvCost, CostOf, conv_costs, count_macs, macs_of, total_cost
 from .settings import FactoriseStep
@@ -28,9 +27,12 @@ from .state import State, StepReport, rows_kept
 
 REFIT_PHOTOS_MAX: Final = 320
 """What two networks compute on so many photos is held in memory: some GB."""
-REFIT_RIDGE: Final = 0.1
+REFIT_RIDGE: Final = 1.0
+"""Ten times what a cut wants: chains start at their optimum, only what comes in has drifted."""
 CHOICES_MAX: Final = 12
 """So many ranks per layer and method are looked at, at most."""
+QUIET: Final = 0.01
+"""Of the mean variance of a layer's outputs: what varies less than this counts no more."""
 LOST_PARTS: Final = (0.3, 0.2, 0.13, 0.08, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.0005, 0.0)
 """Of the energy of either side of a layer: what pairs of Tucker ranks leave away."""
 
@@ -56,9 +58,8 @@ class Candidate:
         cost: Of the layer as it is, in the step's unit.
         macs: Of the layer as it is.
         subject: Its weights, and what errors count.
-        energy: Variance of its outputs, in units of their effect.
         choices: Per method, the cheapest first.
-        errors: Choice -> what the chain does wrong, in the units of ``energy``.
+        errors: Choice -> part of the variance of the layer's outputs that the chain loses.
         why: Why it stays as it is; empty for one that is replaced.
     """
 
@@ -68,44 +69,31 @@ class Candidate:
     cost: float
     macs: float
     subject: Subject
-    energy: float
     choices: dict[str, list[Choice]] = field(default_factory=dict)
     errors: dict[Choice, float] = field(default_factory=dict)
     why: str = ""
 
     def error(self, choice: Choice) -> float:
-        """Returns what a chain does wrong, in the units of ``energy``."""
+        """Returns the part of the variance of the layer's outputs that a chain loses."""
         if choice not in self.errors:
             weights = decompose(self.subject, choice.how, choice.ranks)
             self.errors[choice] = self.subject.error(weights, choice.how)
         return self.errors[choice]
 
-    def kept(self, choice: Choice) -> float:
-        """Returns the part of the energy that a chain keeps."""
-        return 1 - self.error(choice) / self.energy
-
 
 def run_factorise(state: State, config: FactoriseStep) -> tuple[State, StepReport]:
-    """Replaces dense layers by chains of smaller ones, and refits what comes of it.
-
-    Raises:
-        RecipeError: What matters cannot be told, because the network's head is not known.
-    """
+    """Replaces dense layers by chains of smaller ones, and refits what comes of it."""
     start = time.monotonic()
     job, net, example = state.job, state.net, state.example
     cost_of = COSTS[config.cost]
     batches: list[Tensor] = []
     if config.data_aware or config.refit:
         batches = calibration_batches(job.photos.train_paths, state.spec, config.photos)
-    stats: dict[str, ConvStats] | None = None
+    moments: dict[str, Moments] | None = None
     if config.data_aware:
         bar = tqdm(batches, desc="what matters", unit="batch", disable=not job.progress)
-        try:
-            stats = collect_stats(net, bar, job.seed)
-        except ValueError as error:
-            message = f"factorise: {error}; set data_aware = false"
-            raise RecipeError(message) from error
-    found, alone = candidates(net, example, stats, cost_of)
+        moments = collect_moments(net, bar, job.seed)
+    found, alone = candidates(net, example, moments, cost_of)
     for one in found:
         one.choices = choices_of(one, config.methods, config.align, cost_of)
     whole = count_macs(state.teacher, torch.zeros(1, 3, *state.teacher_spec.input_hw))
@@ -126,7 +114,7 @@ def run_factorise(state: State, config: FactoriseStep) -> tuple[State, StepRepor
     }
     changed = state
     if chosen:
-        small = replaced(net, found, chosen, stats)
+        small = replaced(net, found, chosen, moments)
         layers = {n: {"how": c.how, "ranks": list(c.ranks)} for n, c in chosen.items()}
         changed = state.changed(small, {"kind": "factorise", "layers": layers})
         if config.refit:
@@ -155,14 +143,14 @@ def run_factorise(state: State, config: FactoriseStep) -> tuple[State, StepRepor
 
 
 def candidates(
-    net: nn.Module, example: Tensor, stats: dict[str, ConvStats] | None, cost_of: CostOf
+    net: nn.Module, example: Tensor, moments: dict[str, Moments] | None, cost_of: CostOf
 ) -> tuple[list[Candidate], dict[str, int]]:
     """Returns the layers that could be replaced, and how many others could not, by reason.
 
     Args:
         net: In eval mode, normalisation folded.
         example: A picture of the network's size.
-        stats: From ``collect_stats``; None: what is large in the weights is what matters.
+        moments: From ``collect_moments``; None: what is large in the weights is what matters.
         cost_of: What a layer costs.
     """
     sizes: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -189,32 +177,41 @@ def candidates(
         handle.remove()
     result = []
     for name, layer in layers.items():
-        why = _why_not(
-            layer, names[id(layer)], sizes[name], None if stats is None else name in stats
-        )
+        why = _why_not(layer, names[id(layer)], sizes[name])
         if why:
             alone[why] += 1
             continue
-        subject = subject_of(layer)
-        if stats is not None:
-            stat = stats[name]
-            subject = subject_of(layer, stat.covariance, stat.sensitivity)
-        energy = subject.energy()
-        if not (np.isfinite(energy) and energy > 0):
-            alone["gives the same on all photos"] += 1
+        subject = _relative(layer, None if moments is None else moments[name])
+        if isinstance(subject, str):
+            alone[subject] += 1
             continue
-        if stats is None:  # layers are compared by the part that is lost
-            subject = subject_of(layer, importance=np.full(len(layer.weight), 1 / energy))
-            energy = subject.energy()
         own = [as_factor(layer)]
         cost, macs = price(own, sizes[name], cost_of), price(own, sizes[name], macs_of)
-        result.append(Candidate(name, layer, sizes[name], cost, macs, subject, energy))
+        result.append(Candidate(name, layer, sizes[name], cost, macs, subject))
     return result, dict(alone)
 
 
-def _why_not(
-    layer: Layer, names: list[str], sizes: list[tuple[int, int]], reaches: bool | None
-) -> str:
+def _relative(layer: Layer, moments: Moments | None) -> Subject | str:
+    """Returns a layer whose errors are parts of its energy; or why there is none.
+
+    Every output counts by the part of its own variance that is lost. Weighting outputs by their
+    gradient instead served the frequent classes and lost the others.
+    """
+    covariance = importance = None
+    if moments is not None:
+        covariance, variance = moments.covariance, moments.variance
+        importance = 1 / np.maximum(variance + QUIET * variance.mean(), 1e-30)
+    known = [layer.weight.detach().cpu().numpy(), *([] if covariance is None else [covariance])]
+    if not all(np.isfinite(values).all() for values in known):
+        return "gives values that are not finite"
+    subject = subject_of(layer, covariance, importance)
+    energy = subject.energy()
+    if energy < 1e-12:
+        return "gives the same on all photos"
+    return replace(subject, importance=subject.importance / energy)
+
+
+def _why_not(layer: Layer, names: list[str], sizes: list[tuple[int, int]]) -> str:
     """Returns why a layer cannot be replaced; empty if it can."""
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         return "depthwise or grouped"
@@ -222,7 +219,7 @@ def _why_not(
         return f"pads with {layer.padding_mode}"
     if len(names) > 1:
         return "has several names in the network"
-    if not sizes or reaches is False:
+    if not sizes:
         return "no output depends on it"
     return ""
 
@@ -294,13 +291,13 @@ def by_energy(found: Iterable[Candidate], energy: float, align: int) -> dict[str
             place = bisect.bisect_left(
                 choices,
                 True,
-                key=lambda c: one.kept(c) >= energy - 1e-9,
+                key=lambda c: one.error(c) <= 1 - energy + 1e-9,
             )
             enough += choices[place : place + 1]
         if enough:
             chosen[one.name] = min(enough, key=lambda c: c.cost)
         elif one.choices:
-            best = max(one.kept(choices[-1]) for choices in one.choices.values())
+            best = 1 - min(one.error(choices[-1]) for choices in one.choices.values())
             one.why = f"keeps {best:.3f} at most where it costs less"
         else:
             one.why = _too_dear(align)
@@ -366,7 +363,7 @@ def replaced(
     net: DetectorNet,
     found: Sequence[Candidate],
     chosen: dict[str, Choice],
-    stats: dict[str, ConvStats] | None,
+    moments: dict[str, Moments] | None,
 ) -> DetectorNet:
     """Returns a copy of a network with the chosen chains in it."""
     result = copy.deepcopy(net)
@@ -376,10 +373,9 @@ def replaced(
         choice = chosen[one.name]
         weights = decompose(one.subject, choice.how, choice.ranks)
         change = None
-        mean = None if stats is None else stats[one.name].mean
-        if mean is not None:  # what is lost of a constant input goes into the bias
+        if moments is not None:  # what is lost of a constant input goes into the bias
             lost = one.subject.weight - recompose(weights, choice.how)
-            change = lost.reshape(len(lost), -1) @ mean / np.sqrt(len(one.sizes))
+            change = lost.reshape(len(lost), -1) @ moments[one.name].mean
         put(result, one.name, stand_in(one.layer, choice.how, choice.ranks, weights, change))
     return result.eval()
 
@@ -399,7 +395,7 @@ def _row(one: Candidate, choice: Choice | None) -> dict[str, Any]:
         "ranks": list(choice.ranks),
         "macs_after": round(choice.macs),
         "cost_after": round(choice.cost),
-        "energy": round(one.kept(choice), 5),
+        "energy": round(1 - one.error(choice), 5),
     }
 
 

@@ -17,8 +17,9 @@ from edgesight.compression.chain import (
     whole_name,
     with_chains,
 )
-from edgesight.compression.lowrank import Matrix, Subject, decompose, recompose, subject_of
+from edgesight.compression.lowrank import Matrix, Subject, decompose, recompose, root_of, subject_of
 from edgesight.compression.lowrank_step import price
+from edgesight.compression.moments import collect_moments
 from edgesight.compression.prune import conv_costs, macs_of
 from torch import Tensor, nn
 
@@ -229,3 +230,58 @@ def test_the_last_factor_answers_for_the_layer() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3))
     put(net, "0", stand_in(net[0], "svd", (2,)))  # type: ignore[arg-type]
     assert [whole_name(n) for n, _ in net.named_modules()][-1] == "0"
+
+
+class Twice(nn.Module):
+    """A strided convolution, a linear layer on its map, and one layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.again = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 1)
+        self.line = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.again(self.conv(x)))
+        result: Tensor = self.line(x.permute(0, 2, 3, 1))
+        return result
+
+
+def test_moments_are_those_of_what_layers_read() -> None:
+    torch.manual_seed(0)
+    net = Twice().eval()
+    # Far from zero, as pictures are that nobody normalised: single precision must not eat it.
+    batches = [1000 + torch.randn(2, 3, 16, 16) for _ in range(3)]
+    found = collect_moments(net, batches)
+    with torch.no_grad():
+        first = [net.conv(b) for b in batches]
+        second = [net.again(x) for x in first]
+        third = [net.again(x) for x in second]
+    patches = [nn.functional.unfold(b, 3, padding=1, stride=2).transpose(1, 2) for b in batches]
+    read = {
+        "conv": torch.cat([p.flatten(0, 1) for p in patches]),
+        "again": torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in first + second]),
+        "line": torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in third]),
+    }
+    assert found.keys() == read.keys()
+    for name, rows in read.items():
+        values = rows.double().numpy()
+        moments = found[name]
+        np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-4, atol=1e-3)
+        wanted = np.cov(values.T, bias=True)
+        np.testing.assert_allclose(moments.covariance, wanted, atol=1e-3 * wanted.max())
+        weight = net.get_submodule(name).weight.detach().flatten(1).double().numpy()
+        np.testing.assert_allclose(
+            moments.variance, (values @ weight.T).var(0), rtol=1e-2, atol=1e-4
+        )
+    few = collect_moments(net, batches, samples_max=7)
+    assert not np.allclose(few["line"].mean, found["line"].mean, rtol=1e-3)
+
+
+def test_a_covariance_that_rounding_spoilt_still_has_a_root() -> None:
+    spoilt = covariance(6, least=1e-9)
+    spoilt -= 3e-5 * np.eye(6)
+    assert np.linalg.eigvalsh(spoilt)[0] < 0
+    root = root_of(spoilt)
+    np.testing.assert_allclose(root @ root.T, spoilt, atol=1e-3)
+    with pytest.raises(ValueError, match="not finite"):
+        root_of(np.full((2, 2), np.nan))

@@ -21,11 +21,13 @@ from edgesight.compression.export import TorchDetector, export_onnx
 from edgesight.compression.groups import find_groups
 from edgesight.compression.lowrank import decompose, subject_of
 from edgesight.compression.lowrank_step import by_budget, by_energy, candidates, choices_of
+from edgesight.compression.photos import as_tensor
 from edgesight.compression.pipeline import RunResult, run_recipe
 from edgesight.compression.prune import COSTS, count_macs
 from edgesight.compression.recipe import ModelSource, Recipe, make_recipe
 from edgesight.compression.source import enter
 from edgesight.compression.state import EDITS, rows_kept
+from edgesight.models.dataset import load_image
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import ModelFileError, RecipeError
 from edgesight.models.files import sha256
@@ -133,10 +135,10 @@ def photo(side: int = 64) -> Tensor:
     return F.interpolate(100 * coarse + 110, size=side, mode="bilinear")
 
 
-def error(a: nn.Module, b: nn.Module) -> float:
-    """Relative square error of ``a`` against ``b`` on a picture."""
+def error(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    """Relative square error of ``a`` against ``b`` on pictures."""
     with torch.no_grad():
-        pairs = list(zip(a(photo()), b(photo()), strict=True))
+        pairs = list(zip(a(x), b(x), strict=True))
     return float(np.mean([float((x - y).square().mean() / y.var()) for x, y in pairs]))
 
 
@@ -211,12 +213,14 @@ def test_after_prune_and_before_distill_and_quantize(base: Path) -> None:
 
 
 def test_refitting_mends(base: Path) -> None:
-    wanted = FACTORISE | {"energy": 0.8, "photos": 9}
+    wanted = FACTORISE | {"energy": 0.8, "photos": 9, "data_aware": False}
     blunt = run(recipe(base, [wanted | {"refit": False}], out="blunt"))
     mended = run(recipe(base, [wanted], out="mended"))
     assert blunt.rows[1].macs == mended.rows[1].macs
-    teacher = blunt.state.teacher
-    assert error(mended.state.net, teacher) < 0.7 * error(blunt.state.net, teacher)
+    teacher, teacher_spec = blunt.state.teacher, blunt.state.teacher_spec
+    pictures = [as_tensor(load_image(p), teacher_spec) for p in sorted((base / "photos").iterdir())]
+    drawn = torch.cat(pictures)
+    assert error(mended.state.net, teacher, drawn) < 0.7 * error(blunt.state.net, teacher, drawn)
 
 
 def test_what_does_not_pay_stays_and_the_report_says_why(base: Path) -> None:
@@ -462,6 +466,10 @@ def test_zero_weights_are_no_layer() -> None:
     nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
     assert candidates(net, torch.zeros(1, 3, 16, 16), None, COSTS["macs"])[1] == {
         "gives the same on all photos": 1
+    }
+    nn.init.constant_(net[0].weight, float("nan"))  # type: ignore[arg-type]
+    assert candidates(net, torch.zeros(1, 3, 16, 16), None, COSTS["macs"])[1] == {
+        "gives values that are not finite": 1
     }
 
 
