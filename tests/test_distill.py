@@ -151,7 +151,9 @@ def test_a_shift_of_all_bins_is_no_difference() -> None:
 
 def test_an_unknown_head_is_refused() -> None:
     net: Any = SimpleNamespace(spec_head="ssdlite", num_classes=2)
-    with pytest.raises(ValueError, match="expected a yolox or nanodet head, found 'ssdlite'"):
+    with pytest.raises(
+        ValueError, match="expected a yolox, nanodet or classify head, found 'ssdlite'"
+    ):
         take_apart(net, torch.zeros(1, 7, 2, 2))
 
 

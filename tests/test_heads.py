@@ -64,6 +64,8 @@ def random_outputs(head: str, seed: int = 0) -> list[FloatArray]:
     if head == "nanodet":  # in any order
         outputs = [scores(c) for c in counts] + [normal(c, 32) for c in counts]
         return [outputs[i] for i in (4, 0, 2, 5, 1, 3)]
+    if head == "classify":
+        return [normal(3)]
     if head == "yolov8":
         boxes = random.uniform(0, 60, (1, 4, n)).astype(np.float32)
         return [np.concatenate([boxes, scores(n).transpose(0, 2, 1)], axis=1)]
@@ -151,12 +153,21 @@ def plain_ssdlite(outputs: Sequence[FloatArray], floor: float) -> list[Triple]:
     return found
 
 
+def plain_classify(outputs: Sequence[FloatArray], floor: float) -> list[Triple]:
+    logits = outputs[0][0].tolist()
+    total = sum(math.exp(v) for v in logits)
+    box = (0.0, 0.0, float(HW[1]), float(HW[0]))
+    scores = [math.exp(v) / total for v in logits]
+    return [(box, v, label) for label, v in enumerate(scores) if v >= floor]
+
+
 PLAIN: dict[str, Callable[[Sequence[FloatArray], float], list[Triple]]] = {
     "yolox": plain_yolox,
     "nanodet_plus": plain_nanodet_plus,
     "nanodet": plain_nanodet,
     "yolov8": plain_yolov8,
     "ssdlite": plain_ssdlite,
+    "classify": plain_classify,
 }
 
 
@@ -170,7 +181,7 @@ def test_decoder_agrees_with_the_plain_one(head: str, floor: float) -> None:
     outputs = random_outputs(head)
     xyxy, score, label = HEADS[head].decode(outputs, spec_of(head), floor)
     wanted = PLAIN[head](outputs, floor)
-    assert 9 < len(wanted) < heads.CANDIDATES_MAX
+    assert (0 if head == "classify" else 9) < len(wanted) < heads.CANDIDATES_MAX
     assert len(score) == len(wanted)
     keys = np.column_stack([label, score, xyxy]).astype(np.float64)
     plain = np.array([(b, s, *box) for box, s, b in wanted], np.float64)
@@ -248,7 +259,8 @@ def shapes_of(head: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("head", PLAIN)
 def test_head_is_recognised_by_its_outputs(head: str) -> None:
-    spec = read_spec({"images": (1, 3, *HW)}, shapes_of(head), {})
+    named = head if head == "classify" else None  # too little tells it
+    spec = read_spec({"images": (1, 3, *HW)}, shapes_of(head), {}, named)
     assert spec.head == head
     assert len(spec.classes) == (4 if head == "ssdlite" else 3)
     assert spec.strides == HEADS[head].strides

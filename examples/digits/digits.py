@@ -28,8 +28,9 @@ from torch import Tensor, nn
 FOLDER = Path("runs/digits")
 SIDE_PX = 28
 TEST = 600
-EPOCHS = 10
 BATCH = 32
+NETS = {"big": (32, 64, 256, 14), "small": (16, 32, 64, 8)}
+"""Channels of the two convolutions, width of the first linear layer, epochs of training."""
 SPEC = ModelSpec(
     head="classify",
     input_hw=(SIDE_PX, SIDE_PX),
@@ -37,6 +38,7 @@ SPEC = ModelSpec(
     color="rgb",
     std=(255.0, 255.0, 255.0),
     resize="stretch",
+    pad_value=0,
     strides=(8192,),
 )
 """What the networks are fed: written into the ONNX files, so that nobody has to ask again."""
@@ -90,14 +92,14 @@ def write_photos(folder: Path, images: np.ndarray, labels: np.ndarray, first: in
     (folder / "instances.json").write_text(json.dumps(content))
 
 
-def trained(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> nn.Module:
+def trained(net: nn.Module, images: np.ndarray, labels: np.ndarray, epochs: int) -> nn.Module:
     """Trains a network the usual way."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     y = torch.from_numpy(labels)
     optimizer = torch.optim.Adam(net.parameters())
-    steps = EPOCHS * math.ceil(len(x) / BATCH)
+    steps = epochs * math.ceil(len(x) / BATCH)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for index in torch.randperm(len(x)).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(net(x[index]), y[index]).backward()
@@ -132,8 +134,8 @@ def main(models: list[str]) -> None:
         parts = train_test_split(images, labels, test_size=TEST, stratify=labels, random_state=0)
         write_photos(FOLDER / "learn", parts[0], parts[2], 1)
         write_photos(FOLDER / "test", parts[1], parts[3], 1 + len(parts[0]))
-        for name, widths in (("big", (32, 64, 256)), ("small", (16, 32, 64))):
-            save(trained(Classic(*widths), parts[0], parts[2]), FOLDER / f"{name}.onnx")
+        for name, (*widths, epochs) in NETS.items():
+            save(trained(Classic(*widths), parts[0], parts[2], epochs), FOLDER / f"{name}.onnx")
         models = [str(FOLDER / "big.onnx"), str(FOLDER / "small.onnx")]
     for model in models:
         right, count = hits(Path(model), FOLDER / "test")
