@@ -145,14 +145,19 @@ def open_teachers(state: State, config: DistillStep) -> Teachers:
     strangers: list[Stranger] = []
     files = []
     for teacher in config.teacher:
-        if isinstance(teacher, Path):
-            detector = OnnxDetector(teacher)
-            table = class_table(teacher.name, detector.spec.classes, state.spec.classes)
-            files.append((detector, table))
-            guide = _open_file(teacher, detector, state, result.notes)
-        else:
-            guide = _open_self(state, config.teacher_hw)
-        result.names.append(teacher if isinstance(teacher, str) else teacher.name)
+        if isinstance(teacher, str):
+            result.names.append("self")
+            result.guides.append(Twin(state.teacher, rows_kept(state.teacher, state.edits)))
+            if config.teacher_hw is not None and config.teacher_hw != state.spec.input_hw:
+                larger = _open_self(state, config.teacher_hw)
+                result.names.append(larger.name)
+                strangers.append(larger)
+            continue
+        detector = OnnxDetector(teacher)
+        table = class_table(teacher.name, detector.spec.classes, state.spec.classes)
+        files.append((detector, table))
+        guide = _open_file(teacher, detector, state, result.notes)
+        result.names.append(teacher.name)
         if isinstance(guide, Stranger):
             strangers.append(guide)
         else:
@@ -179,9 +184,8 @@ def open_teachers(state: State, config: DistillStep) -> Teachers:
     return result
 
 
-def _open_self(state: State, input_hw: tuple[int, int] | None) -> Twin | Stranger:
-    if input_hw is None or input_hw == state.spec.input_hw:
-        return Twin(state.teacher, rows_kept(state.teacher, state.edits))
+def _open_self(state: State, input_hw: tuple[int, int]) -> Stranger:
+    """Returns the uncut network at another input size than the student's."""
     if isinstance(state.teacher, ForeignNet) and input_hw != state.teacher_spec.input_hw:
         message = (
             f"distill.teacher_hw: expected {list(state.teacher_spec.input_hw)}, the size that is "
@@ -196,7 +200,8 @@ def _open_self(state: State, input_hw: tuple[int, int] | None) -> Twin | Strange
         raise RecipeError(message)
     spec = state.teacher_spec.with_changes(input_hw=input_hw)
     table = class_table("self", spec.classes, state.spec.classes)
-    return Stranger("self", "self", spec, copy.deepcopy(state.teacher), None, table)
+    name = f"self at {input_hw[0]}x{input_hw[1]}"
+    return Stranger(name, "self", spec, copy.deepcopy(state.teacher), None, table)
 
 
 def _open_file(
