@@ -193,7 +193,9 @@ def test_settings_take_one_budget() -> None:
     step = PruneStep(kind="prune", cost_ratio=0.5, cost="cortex-a72")
     assert step.budget == ("cortex-a72", 0.5)
     assert PruneStep(kind="prune", macs_ratio=0.7, cost="cortex-a76").budget == ("macs", 0.7)
-    with pytest.raises(ValidationError, match="one of macs_ratio, cost_ratio or plan, found macs_ratio and"):
+    with pytest.raises(
+        ValidationError, match="one of macs_ratio, cost_ratio or plan, found macs_ratio and"
+    ):
         PruneStep(kind="prune", cost_ratio=0.5, macs_ratio=0.5)
     again = PruneStep.model_validate(step.model_dump(mode="json"))
     assert again == step
