@@ -18,7 +18,7 @@ from edgesight.compression.chain import (
     with_chains,
 )
 from edgesight.compression.lowrank import Matrix, Subject, decompose, recompose, root_of, subject_of
-from edgesight.compression.lowrank_step import price
+from edgesight.compression.lowrank_choice import price
 from edgesight.compression.moments import collect_moments
 from edgesight.compression.prune import conv_costs, macs_of
 from torch import Tensor, nn
