@@ -19,7 +19,7 @@ from .chain import Layer, Matrix
 
 RIDGE: Final = 1e-6
 """Added to covariances, relative to their mean diagonal: what no photo showed still counts."""
-TUCKER_ROUNDS: Final = 3
+TUCKER_ROUNDS: Final = 2
 CP_ROUNDS_MAX: Final = 200
 CP_ENOUGH: Final = 1e-6
 """A round that mends less than this part is the last."""
@@ -68,17 +68,15 @@ class Subject:
         made = recompose(weights, how).reshape(len(self.weight), -1) * self._scale
         return float(np.square(self.seen(self.scaled - made)).sum())
 
-    def along(self, axes: tuple[int, ...]) -> Matrix | None:
-        """Returns the root of the covariance along input axes (0 channel, 1 row, 2 column).
+    def along(self, axes: int) -> Matrix | None:
+        """Returns the root of the covariance along the first axes: channel, row, column.
 
-        What varies along the other axes is averaged.
+        What varies along the others is averaged.
         """
         if self.root is None:
             return None
-        shape = self.weight.shape[1:]
-        kept = int(np.prod([shape[a] for a in axes]))
-        order = [*axes, *(a for a in range(3) if a not in axes)]
-        rows = self.root.reshape(*shape, -1).transpose(*order, 3).reshape(kept, -1)
+        kept = int(np.prod(self.weight.shape[1 : 1 + axes]))
+        rows = self.root.reshape(kept, -1)
         return root_of(rows @ rows.T)
 
 
@@ -166,7 +164,7 @@ def spectrum(matrix: Matrix) -> Matrix:
 
 def input_spectrum(subject: Subject) -> Matrix:
     """Returns the energy of each direction of the input channels, largest first."""
-    return spectrum(_seen_by(_by_channel(subject.scaled, subject), subject.along((0,))))
+    return spectrum(_seen_by(_by_channel(subject.scaled, subject), subject.along(1)))
 
 
 def output_spectrum(subject: Subject) -> Matrix:
@@ -205,7 +203,7 @@ def _spatial(subject: Subject, rank: int) -> list[Matrix]:
     outputs, inputs, kh, kw = subject.weight.shape
     taps = subject.scaled.reshape(outputs, inputs, kh, kw).transpose(0, 3, 1, 2)
     columns = taps.reshape(outputs * kw, inputs * kh)
-    root = subject.along((0, 1))
+    root = subject.along(2)
     first, _ = _split(columns, columns if root is None else columns @ root, rank)
     # Every vertical filter, at each of the columns that the horizontal one looks at.
     features = np.einsum("rci,jk->rjcik", first.reshape(rank, inputs, kh), np.eye(kw))
@@ -226,7 +224,7 @@ def _seen_by(rows: Matrix, root: Matrix | None) -> Matrix:
 def _tucker(subject: Subject, rank_in: int, rank_out: int) -> list[Matrix]:
     """Higher-order orthogonal iteration, in the whitened space on the side of the inputs."""
     kh, kw = subject.weight.shape[2:]
-    root = subject.along((0,))
+    root = subject.along(1)
     rows = subject.scaled
     for _ in range(TUCKER_ROUNDS):
         slices = _by_channel(rows, subject)
@@ -245,7 +243,7 @@ def _tucker(subject: Subject, rank_in: int, rank_out: int) -> list[Matrix]:
 def _cp(subject: Subject, rank: int) -> list[Matrix]:
     """Alternating least squares in the whitened space, then the best last layer."""
     outputs, inputs, kh, kw = subject.weight.shape
-    root = subject.along((0,))
+    root = subject.along(1)
     tensor = _seen_by(_by_channel(subject.scaled, subject), root)
     tensor = tensor.reshape(outputs, kh, kw, inputs).transpose(0, 3, 1, 2)
     best: list[Matrix] = []

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edgesight.compression import lowrank
 from edgesight.compression.chain import (
     HOWS,
     as_factor,
@@ -148,6 +149,16 @@ def test_svd_is_the_best_there_is() -> None:
 def _spectrum(subject: Subject) -> Matrix:
     values: Matrix = np.linalg.svd(subject.seen(subject.scaled), compute_uv=False) ** 2
     return values
+
+
+def test_tuckers_sides_are_found_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against each side by itself: the inputs have to know what the outputs have room for."""
+    torch.manual_seed(0)
+    subject = subject_of(nn.Conv2d(24, 20, 3))
+    together = subject.error(decompose(subject, "tucker", (8, 4)), "tucker")
+    monkeypatch.setattr(lowrank, "TUCKER_ROUNDS", 1)
+    apart = subject.error(decompose(subject, "tucker", (8, 4)), "tucker")
+    assert together < 0.98 * apart
 
 
 def test_outputs_that_count_are_served_first() -> None:

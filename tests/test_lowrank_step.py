@@ -17,8 +17,9 @@ from edgesight.compression.chain import HOWS
 from edgesight.compression.distill import FeatureTap
 from edgesight.compression.export import TorchDetector
 from edgesight.compression.groups import find_groups
-from edgesight.compression.lowrank_choice import by_budget, by_energy, choices_of
-from edgesight.compression.lowrank_step import candidates
+from edgesight.compression.lowrank_choice import Choice, by_budget, by_energy, choices_of
+from edgesight.compression.lowrank_step import candidates, replaced
+from edgesight.compression.moments import collect_moments
 from edgesight.compression.photos import as_tensor
 from edgesight.compression.pipeline import RunResult, run_recipe
 from edgesight.compression.prune import COSTS, count_macs
@@ -215,6 +216,38 @@ def test_a_target_is_met_by_what_harms_least(base: Path) -> None:
     assert "macs_ratio 0.01 was not reached" in notes(far)
     assert far.rows[1].macs < 0.4 * original.macs
     assert run(recipe(base, [goal | {"macs_ratio": 1.0}], out="none")).state.edits == ()
+
+
+def test_a_small_saving_at_a_high_price_is_skipped() -> None:
+    """The way to a large cheap saving leads past it: it lies above the hull."""
+    (one, *_), _ = candidates(fat(), torch.zeros(1, 3, 64, 64), None, COSTS["macs"])
+    one.macs = one.cost = 100.0
+    dear, cheap = Choice("svd", (8,), 90.0, 90.0), Choice("svd", (16,), 40.0, 40.0)
+    one.choices = {"svd": [cheap, dear]}
+    one.errors = {dear: 0.5, cheap: 0.6}
+    for saving in (5, 30):
+        assert by_budget([one], saving, 8) == {one.name: cheap}
+    one.errors[cheap] = 9.0
+    assert by_budget([one], 5, 8) == {one.name: dear}
+    assert by_budget([one], 30, 8) == {one.name: cheap}
+
+
+def test_what_is_lost_of_a_constant_goes_into_the_bias() -> None:
+    """A chain of rank 8 gives the layer's mean on the photos that it was made from."""
+    net = fat()
+    batch = torch.cat([photo(), photo() + 50])
+    moments = collect_moments(net, [batch])
+    found, _ = candidates(net, torch.zeros(1, 3, 64, 64), moments, COSTS["macs"])
+    chosen = {one.name: Choice("svd", (8,), 0.0, 0.0) for one in found if one.name == "mix"}
+    small = replaced(net, found, chosen, moments)
+    read: list[Tensor] = []
+    net.mix.register_forward_pre_hook(lambda m, i: read.append(i[0]))
+    with torch.no_grad():
+        net(batch)
+        wanted, given = net.mix(read[0]), small.get_submodule("mix")(read[0])
+    error = (wanted - given).mean((0, 2, 3)).abs().max()
+    assert float((wanted - given).abs().max()) > 0.01, "the chain is not the layer"
+    assert float(error) < 1e-4
 
 
 def test_the_budget_is_spent_best() -> None:
