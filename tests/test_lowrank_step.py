@@ -225,7 +225,7 @@ def test_a_small_saving_at_a_high_price_is_skipped() -> None:
     dear, cheap = Choice("svd", (8,), 90.0, 90.0), Choice("svd", (16,), 40.0, 40.0)
     one.choices = {"svd": [cheap, dear]}
     one.errors = {dear: 0.5, cheap: 0.6}
-    for saving in (5, 30):
+    for saving in (5, 30, 1000):
         assert by_budget([one], saving, 8) == {one.name: cheap}
     one.errors[cheap] = 9.0
     assert by_budget([one], 5, 8) == {one.name: dear}
