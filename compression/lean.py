@@ -32,6 +32,7 @@ def lean(model: Any) -> tuple[Any, dict[str, Grid]]:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     merge_focus(result)
+    pool_first(result)
     grids = fold_normalisation(result)
     return result, grids
 
@@ -134,6 +135,44 @@ def merge_focus(model: Any) -> int:
         _drop_unread(model.graph)
         merged += 1
     return merged
+
+
+def pool_first(model: Any) -> int:
+    """Puts a LeakyReLU behind the maximum pooling that alone reads it, in place; exact.
+
+    A function that never falls has its maximum where its argument has it, so the pooled map, which
+    is a quarter as large, can be what it is computed on. In 8 bits it is an operator of its own.
+    Between a convolution in float and an integer one it does more: ONNX Runtime would round in
+    front of the pooling, and 8-bit pooling takes six times the instructions of that in float where
+    channels come first.
+
+    Returns:
+        How many were moved.
+    """
+    links = Links(model.graph)
+    nodes, moved = list(model.graph.node), 0
+    for pool in tuple(nodes):
+        if pool.op_type != "MaxPool" or len(pool.output) != 1:
+            continue
+        activation = links.maker.get(pool.input[0])
+        if activation is None or not _never_falls(activation):
+            continue
+        active, end = activation.output[0], pool.output[0]
+        if len(links.readers[active]) != 1 or active in links.outputs:
+            continue
+        pool.input[0], pool.output[0] = activation.input[0], f"{end}_pooled"
+        activation.input[0], activation.output[0] = pool.output[0], end
+        places = [nodes.index(n) for n in (activation, pool)]
+        nodes[places[0]], nodes[places[1]] = pool, activation
+        moved += 1
+    if moved:
+        _replace_nodes(model.graph, nodes)
+    return moved
+
+
+def _never_falls(node: Any) -> bool:
+    alpha = [a.f for a in node.attribute if a.name == "alpha"] or [0.01]
+    return node.op_type == "LeakyRelu" and alpha[0] >= 0
 
 
 @dataclass(frozen=True)

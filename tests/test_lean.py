@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from edgesight.compression.calibrate import Grid
-from edgesight.compression.lean import fold_normalisation, lean, merge_focus
+from edgesight.compression.lean import fold_normalisation, lean, merge_focus, pool_first
 from edgesight.compression.onnx_io import fold_preprocess, tidy
 from edgesight.models.spec import ModelSpec
 from onnx import TensorProto, helper, numpy_helper
@@ -149,3 +149,51 @@ def exposed(model: Any) -> Any:
     first = next(n for n in model.graph.node if n.op_type == "Conv")
     copy.graph.output.append(helper.make_empty_tensor_value_info(first.output[0]))
     return copy
+
+
+def pooled(op: str, readers: int = 1, **attributes: float) -> Any:
+    """A convolution, an activation, and the maximum of each 3x3 cells."""
+    weight = np.random.default_rng(0).normal(0, 1, (5, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        helper.make_node(op, ["c"], ["a"], **attributes),
+        helper.make_node("MaxPool", ["a"], ["p"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+        helper.make_node("Neg", ["p"], ["y"]),
+    ]
+    outputs = [("y", [1, 5, 8, 12]), ("a", [1, 5, 16, 24])][:readers]
+    graph = helper.make_graph(
+        nodes,
+        "pooled",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 24])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in outputs],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def test_a_leaky_relu_is_computed_on_the_pooled_map() -> None:
+    model = pooled("LeakyRelu", alpha=0.1)
+    x = np.random.default_rng(1).normal(0, 2, (1, 3, 16, 24)).astype(np.float32)
+    before = run(model, x)
+    assert pool_first(model) == 1
+    assert [n.op_type for n in model.graph.node] == ["Conv", "MaxPool", "LeakyRelu", "Neg"]
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model, x), before)
+
+
+@pytest.mark.parametrize(
+    ("op", "readers", "attributes"),
+    [
+        ("LeakyRelu", 1, {"alpha": -0.5}),  # falls left of zero: its maximum is elsewhere
+        ("HardSwish", 1, {}),
+        ("LeakyRelu", 2, {"alpha": 0.1}),  # somebody else wants the map as it was
+    ],
+)
+def test_what_falls_or_is_read_elsewhere_stays_in_front_of_the_pooling(
+    op: str, readers: int, attributes: dict[str, float]
+) -> None:
+    model = pooled(op, readers, **attributes)
+    before = model.SerializeToString()
+    assert pool_first(model) == 0
+    assert model.SerializeToString() == before

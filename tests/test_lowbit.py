@@ -39,7 +39,7 @@ from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import DatasetError, ModelFileError, RecipeError
 from edgesight.models.graph import integer_share, load_model, node_macs, parameters
 from edgesight.models.preprocess import prepare
-from edgesight.models.zoo import shipped, shipped_float
+from edgesight.models.zoo import shipped_float
 
 graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
 SPEC, detector, run = graphs.SPEC, graphs.detector, graphs.run
@@ -328,10 +328,11 @@ def test_a_recipe_says_what_is_wrong(step: dict[str, Any], expected: str, tmp_pa
 
 def test_the_shipped_detector_in_six_bits_sees_the_same(tmp_path: Path) -> None:
     photos = sorted(SAMPLES.glob("*.jpg"))
-    spec, whole = OnnxDetector(shipped()).spec, load_model(shipped())
-    few = lower(whole, load_model(shipped_float()), spec, photos, LowBitConfig(weights=6))
-    assert len(few.model.SerializeToString()) < 0.8 * shipped().stat().st_size
-    loss = Fidelity(load_model(shipped_float()), photos, spec)
+    spec, original = OnnxDetector(shipped_float()).spec, load_model(shipped_float())
+    whole = quantize(original, spec, photos, QuantizeConfig(), progress=quiet).model
+    few = lower(whole, original, spec, photos, LowBitConfig(weights=6), progress=quiet)
+    assert len(few.model.SerializeToString()) < 0.8 * len(whole.SerializeToString())
+    loss = Fidelity(original, photos, spec)
     assert loss.loss(few.model) < 1.5 * loss.loss(whole)
     reports = []
     for name, model in (("whole", whole), ("few", few.model)):
