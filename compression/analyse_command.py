@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..models.arguments import whole_from
 from ..models.dataset import Dataset, open_dataset
 from ..models.detector import OnnxDetector
 from ..models.errors import InputError, MissingExtraError, ModelFileError, OutputError
@@ -65,22 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit",
-        type=_positive,
+        type=whole_from(1),
         metavar="N",
         help=f"so many photos, spread evenly (default {PHOTOS} of --photos, all of --eval)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"{JSON_FILE}, {HTML_FILE} go here")
-    parser.add_argument("--top", type=_positive, default=TOP, metavar="N", help="rows of the table")
+    parser.add_argument(
+        "--top", type=whole_from(1), default=TOP, metavar="N", help="rows of the table"
+    )
     parser.add_argument("--head", choices=sorted(HEADS), help="head of MODEL if it is not clear")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        message = f"expected a whole number from 1, found {text!r}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:

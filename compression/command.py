@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.arguments import whole_from
 from ..models.errors import DatasetError, InputError, MissingExtraError, OutputError, RecipeError
 from ..models.heads import HEADS
 from ..models.machine import int8_advice
@@ -81,18 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--refine",
-        type=_natural,
+        type=whole_from(0),
         metavar="N",
         help="photo passes of training after --quantize-only, say 1600 (default 0: none)",
     )
     add_search_arguments(parser)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        message = f"expected a whole number from 0, found {text!r}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:

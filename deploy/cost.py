@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..models.arguments import whole_from
 from ..models.core_costs import CORES
 from ..models.cost import RUNS, SILENCE_S, Cost, count
 from ..models.emulator import cache_folder, find_qemu, make_guest, qemu_version
@@ -35,18 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layers",
-        type=_positive,
+        type=whole_from(1),
         nargs="?",
         const=10,
         metavar="N",
         help="also list the N most expensive operators (default 10)",
     )
     parser.add_argument(
-        "--runs", type=_positive, default=RUNS, metavar="N", help=f"inferences (default {RUNS})"
+        "--runs", type=whole_from(1), default=RUNS, metavar="N", help=f"inferences (default {RUNS})"
     )
     parser.add_argument(
         "--timeout",
-        type=_positive,
+        type=whole_from(1),
         default=int(SILENCE_S),
         metavar="S",
         help=f"longest that one model may take, in seconds (default {SILENCE_S:.0f})",
@@ -54,13 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setup", action="store_true", help="only fetch what is needed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        message = f"expected a whole number from 1, found {text!r}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:

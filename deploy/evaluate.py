@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..models.arguments import whole_from
 from ..models.dataset import open_dataset
 from ..models.detector import OnnxDetector
 from ..models.errors import InputError
@@ -46,11 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="another ONNX detector: also give MODEL minus OTHER, paired on the same photos",
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="N photos, spread evenly")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--limit", type=whole_from(1, ">="), metavar="N", help="N photos, spread evenly"
+    )
+    parser.add_argument(
+        "--threads", type=whole_from(1, ">="), default=1, metavar="N", help="default 1"
+    )
     parser.add_argument(
         "--resamples",
-        type=_natural,
+        type=whole_from(0, ">="),
         default=1000,
         metavar="N",
         help="of the bootstrap, default 1000; 0: no intervals",
@@ -188,18 +193,3 @@ def _limits(interval: Interval) -> list[float] | None:
 
 def _round(value: float) -> float | None:
     return round(value, 3) if math.isfinite(value) else None
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        message = f"expected a whole number >= {least}, found {text!r}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
