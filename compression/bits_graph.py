@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.errors import ModelFileError
-from ..models.graph import require_onnx
+from ..models.graph import copied, require_onnx, set_nodes
 from .qdq import Links
 
 Codes = npt.NDArray[np.int8]
@@ -109,8 +109,7 @@ def store_packed(model: Any, widths: Mapping[str, int]) -> Any:
     """
     onnx = require_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     stored = {t.name: t for t in graph.initializer}
     nodes: list[Any] = []
@@ -161,9 +160,7 @@ def store_packed(model: Any, widths: Mapping[str, int]) -> Any:
         node("Reshape", [value, shape], name)
         graph.initializer.remove(stored[name])
     graph.initializer.extend(added.values())
-    body = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *body])
+    set_nodes(graph, [*nodes, *graph.node])
     return result
 
 
@@ -175,8 +172,7 @@ def store_sparingly(model: Any) -> Any:
     """
     onnx = require_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     links = Links(graph)
     nodes: list[Any] = []
@@ -203,9 +199,7 @@ def store_sparingly(model: Any) -> Any:
                 )
                 wide = onnx.TensorProto.INT32
                 nodes.append(helper.make_node("Cast", [f"{name}/n"], [name], to=wide))
-    body = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *body])
+    set_nodes(graph, [*nodes, *graph.node])
     return result
 
 

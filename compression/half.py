@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..models.errors import ModelFileError
-from ..models.graph import require_onnx
+from ..models.graph import copied, require_onnx, set_nodes
 from .qdq import Links, body_nodes, is_weighted
 
 ELEMENTS_MIN: Final = 64
@@ -34,8 +34,7 @@ def half_weights(model: Any, axes_min: int = 0) -> Any:
     ``axes_min``: 2 spares scales and biases.
     """
     onnx = require_onnx()
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     casts = []
     for tensor in graph.initializer:
@@ -47,9 +46,7 @@ def half_weights(model: Any, axes_min: int = 0) -> Any:
         name = tensor.name
         tensor.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), f"{name}/half"))
         casts.append(onnx.helper.make_node("Cast", [f"{name}/half"], [name], to=1))
-    body = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*casts, *body])
+    set_nodes(graph, [*casts, *graph.node])
     return result
 
 
@@ -73,8 +70,7 @@ def half_compute(model: Any) -> Any:
     if not inner:
         message = "expected convolutions with stored weights, found none; export a detector"
         raise ModelFileError(message)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     nodes: list[Any] = []
     made: dict[str, str] = {}  # tensor of the float graph -> its 16-bit form
@@ -120,12 +116,7 @@ def half_compute(model: Any) -> Any:
     for output in graph.output:
         if output.name in made:
             cast(made[output.name], output.name, onnx.TensorProto.FLOAT)
-    used = {name for node in nodes for name in node.input}
-    kept = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
     del graph.value_info[:]
     return result
 

@@ -6,14 +6,13 @@ Nothing here depends on photos. Each rewrite is exact, but for the outermost rin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx
+from ..models.graph import attributes, copied, drop_dead, require_onnx, set_nodes
 from .calibrate import Grid
 from .onnx_io import PREPARING
 from .qdq import Links
@@ -28,9 +27,7 @@ def lean(model: Any) -> tuple[Any, dict[str, Grid]]:
     Args:
         model: Plain float graph (``tidy``), with or without folded pre-processing.
     """
-    onnx = require_onnx()
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     merge_focus(result)
     pool_first(result)
     grids = fold_normalisation(result)
@@ -81,7 +78,7 @@ def fold_normalisation(model: Any) -> dict[str, Grid]:
     turn = helper.make_node("Transpose", [floats], [last], "image_planes", perm=[0, 3, 1, 2])
     nodes.append(turn)
     rest = [n for n in model.graph.node if n.name not in PREPARING]
-    _replace_nodes(model.graph, [*nodes, *rest])
+    set_nodes(model.graph, [*nodes, *rest])
     return dict.fromkeys((floats, last), Grid(1.0, offset))
 
 
@@ -124,7 +121,7 @@ def merge_focus(model: Any) -> int:
             wide[:, :, y::2, x::2] += part
         _store(links, conv, 1, wide)
         conv.input[0] = focus.source
-        pads = [2 * p for p in _ints(conv, "pads", [0, 0, 0, 0])]
+        pads = [2 * p for p in attributes(conv).get("pads", [0, 0, 0, 0])]
         for name in ("kernel_shape", "strides", "pads"):
             for attribute in [a for a in conv.attribute if a.name == name]:
                 conv.attribute.remove(attribute)
@@ -132,8 +129,9 @@ def merge_focus(model: Any) -> int:
         conv.attribute.extend(
             [make("kernel_shape", [2 * size] * 2), make("strides", [2, 2]), make("pads", pads)]
         )
-        _drop_unread(model.graph)
         merged += 1
+    if merged:  # only now: it voids the convolutions that are still to be looked at
+        drop_dead(model)
     return merged
 
 
@@ -166,13 +164,12 @@ def pool_first(model: Any) -> int:
         nodes[places[0]], nodes[places[1]] = pool, activation
         moved += 1
     if moved:
-        _replace_nodes(model.graph, nodes)
+        set_nodes(model.graph, nodes)
     return moved
 
 
 def _never_falls(node: Any) -> bool:
-    alpha = [a.f for a in node.attribute if a.name == "alpha"] or [0.01]
-    return node.op_type == "LeakyRelu" and alpha[0] >= 0
+    return node.op_type == "LeakyRelu" and bool(attributes(node).get("alpha", 0.01) >= 0)
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ class _Focus:
 def _focus(concat: Any, links: Links) -> _Focus | None:
     if concat.op_type != "Concat" or len(concat.input) != 4:
         return None
-    if _ints(concat, "axis", [0]) != [1]:
+    if attributes(concat).get("axis", 0) != 1:
         return None
     found = [_corner(name, links) for name in concat.input]
     sources = {source for source, _ in found}
@@ -216,25 +213,19 @@ def _plain_conv(node: Any, links: Links) -> bool:
     """Whether a convolution has stored weights, one group, stride 1, no dilation, stated pads."""
     if len(node.input) < 3 or node.input[1] not in links.stored:
         return False
-    if _ints(node, "group", [1]) != [1] or set(_ints(node, "dilations", [1])) != {1}:
+    given = attributes(node)
+    if given.get("group", 1) != 1 or set(given.get("dilations", [1])) != {1}:
         return False
-    if any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in node.attribute):
+    if given.get("auto_pad", b"") not in (b"", b"NOTSET"):
         return False
     weight = links.stored[node.input[1]]
     square = len(weight.dims) == 4 and weight.dims[2] == weight.dims[3]
     alone = _uses(links, node.input[1]) == 1
-    return square and alone and set(_ints(node, "strides", [1])) == {1} and not weight.dims[1] % 4
+    return square and alone and set(given.get("strides", [1])) == {1} and not weight.dims[1] % 4
 
 
 def _uses(links: Links, name: str) -> int:
     return sum(list(node.input).count(name) for node in links.graph.node)
-
-
-def _ints(node: Any, name: str, default: Sequence[int]) -> list[int]:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return list(attribute.ints) or [attribute.i]
-    return list(default)
 
 
 def _value(links: Links, name: str) -> FloatArray:
@@ -251,30 +242,3 @@ def _store(links: Links, node: Any, index: int, value: Any) -> None:
         np.asarray(value, np.float32), node.input[index]
     )
     links.stored[node.input[index]].CopyFrom(tensor)
-
-
-def _drop_unread(graph: Any) -> None:
-    """Removes nodes whose outputs nobody reads, and constants nobody uses."""
-    outputs = {o.name for o in graph.output}
-    while True:
-        read = {name for node in graph.node for name in node.input} | outputs
-        kept = [node for node in graph.node if any(name in read for name in node.output)]
-        if len(kept) == len(graph.node):
-            break
-        _replace_nodes(graph, kept)
-
-
-def _replace_nodes(graph: Any, nodes: Sequence[Any]) -> None:
-    fresh = [_copied(node) for node in nodes]  # the graph's own die when it is emptied
-    del graph.node[:]
-    graph.node.extend(fresh)
-    used = {name for node in fresh for name in node.input}
-    tensors = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(tensors)
-
-
-def _copied(node: Any) -> Any:
-    copy = require_onnx().NodeProto()
-    copy.CopyFrom(node)
-    return copy

@@ -11,8 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..models.graph import initializers, require_onnx, tensor_shapes
-from .sever import MOVES, Ints, drop_dead, moved
+from ..models.graph import (
+    attributes,
+    copied,
+    drop_dead,
+    initializers,
+    require_onnx,
+    set_nodes,
+    tensor_shapes,
+)
+from .sever import MOVES, Ints, moved
 
 LINEAR = ("Gemm", "MatMul")
 UNARY = (
@@ -32,8 +40,7 @@ def linear_as_convs(model: Any) -> Any:
         model: From ``onnx_io.tidy``, batch of one.
     """
     onnx = require_onnx()
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     if not any(node.op_type in LINEAR for node in graph.node):
         return result
@@ -72,8 +79,7 @@ def linear_as_convs(model: Any) -> Any:
             nodes.append(twin)
             shapes[twin.output[0]] = shapes[root]
             entries[node.output[0]] = (twin.output[0], order)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
     drop_dead(result)
     return result
 
@@ -88,7 +94,7 @@ def _as_conv(
     """Returns a linear layer as a convolution, and its weights; None if it is not a plain one."""
     onnx = require_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    given = attributes(node)
     if given.get("alpha", 1.0) != 1 or given.get("beta", 1.0) != 1 or given.get("transA", 0):
         return None
     weight = numpy_helper.to_array(stored[node.input[1]])
@@ -116,8 +122,7 @@ def _as_conv(
 
 def _on_map(node: Any, root: str) -> Any:
     """Returns a copy of an operator that works on the map in place of its flat numbers."""
-    twin = require_onnx().NodeProto()
-    twin.CopyFrom(node)
+    twin = copied(node)
     twin.input[0] = root
     twin.name = f"{node.name}_map"
     twin.output[:] = [f"{name}_map" if name else "" for name in node.output]

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..models.graph import require_onnx
+from ..models.graph import attributes, copied, require_onnx, set_nodes
 from ..models.spec import ModelSpec
 from .bits_graph import PLANES, packed_bytes
 from .calibrate import read_photos, session
@@ -77,8 +77,7 @@ def widths_within(
 def _any_codes(model: Any, layers: Sequence[Layer], widths: Mapping[str, int]) -> Any:
     """Returns a file as large as the one with these widths; its codes, all 1, fit every width."""
     numpy_helper = require_onnx().numpy_helper
-    blank = require_onnx().ModelProto()
-    blank.CopyFrom(model)
+    blank = copied(model)
     names = {layer.codes for layer in layers}
     for tensor in blank.graph.initializer:
         if tensor.name in names:
@@ -130,8 +129,7 @@ def harms(
 def in_float(model: Any) -> Any:
     """Returns a QDQ model without its grids: 8-bit weights as floats, activations not rounded."""
     onnx = require_onnx()
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     links = Links(model.graph)
     array = onnx.numpy_helper.to_array
@@ -145,7 +143,7 @@ def in_float(model: Any) -> Any:
             same[node.output[0]] = node.input[0]
         elif is_stored:
             codes, scale, *zero = (array(links.stored[name]) for name in node.input)
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            axis = attributes(node).get("axis", 1)
             ends = [scale, *zero]
             if scale.ndim:
                 shape = [-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)]
@@ -159,8 +157,7 @@ def in_float(model: Any) -> Any:
             nodes.append(node)
     outputs = {o.name for o in graph.output}
     nodes += [onnx.helper.make_node("Identity", [same[n]], [n]) for n in same if n in outputs]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
     return result
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx
+from ..models.graph import attributes, copied, require_onnx
 from .bits_graph import levels, store_packed, store_sparingly
 from .calibrate import Seen
 from .half import half_weights
@@ -73,7 +73,7 @@ def find_layers(model: Any) -> list[Layer]:
             continue  # a bias in float: not of our making
         on_grid = data is not None and data.op_type == "DequantizeLinear"
         step = float(array(links.stored[data.input[1]])) if on_grid else None
-        axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
+        axis = attributes(weight).get("axis", 1)
         taken.add(weight.input[0])
         found.append(
             Layer(
@@ -228,8 +228,7 @@ def rounded_model(
 
     What rounding moves the mean of an output by goes into the bias.
     """
-    result = require_onnx().ModelProto()
-    result.CopyFrom(quantized)
+    result = copied(quantized)
     for layer in layers:
         fit, bits = fits[layer.name], widths[layer.name]
         if bits == 8:

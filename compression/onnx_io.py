@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from ..models.errors import ModelFileError
 from ..models.files import atomic_path
-from ..models.graph import load_model, opset_of, require_onnx
+from ..models.graph import copied, load_model, opset_of, require_onnx, set_nodes
 from ..models.spec import METADATA_KEY, ModelSpec
 
 OPSET = 17
@@ -121,8 +121,7 @@ def fold_preprocess(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
         return model, spec
     onnx = require_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     old = graph.input[0].name
     height, width = spec.input_hw
@@ -149,9 +148,7 @@ def fold_preprocess(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
             inputs.append(f"{name}_by")
         current = old if name == steps[-1][1] else f"{name}_out"
         nodes.append(helper.make_node(op, inputs, [current], name, **attributes))
-    body = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *body])
+    set_nodes(graph, [*nodes, *graph.node])
     del graph.input[:]
     graph.input.append(
         helper.make_tensor_value_info(new, onnx.TensorProto.UINT8, [1, height, width, 3])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx
+from ..models.graph import attributes, require_onnx
 from .analyse import Layer
 from .calibrate import session
 from .traced import LAYER_OPS, Traced
@@ -109,14 +109,14 @@ def matrices(weight: npt.NDArray[Any], node: Any) -> list[Matrix]:
         node: Conv, ConvTranspose, Gemm or MatMul.
     """
     value = np.asarray(weight, np.float64)
-    group = _attribute(node, "group", 1)
+    group = attributes(node).get("group", 1)
     kind = LAYER_OPS[node.op_type][0]
     if kind == "Conv":
         return list(value.reshape(group, value.shape[0] // group, -1))
     if kind == "ConvTranspose":
         split = value.reshape(group, value.shape[0] // group, *value.shape[1:])
         return [np.moveaxis(one, 1, 0).reshape(one.shape[1], -1) for one in split]
-    if kind == "Gemm" and _attribute(node, "transB", 0):
+    if kind == "Gemm" and attributes(node).get("transB", 0):
         return [value]
     return [value.T]
 
@@ -129,7 +129,7 @@ def stored_form(rows: Sequence[Matrix], weight: npt.NDArray[Any], node: Any) -> 
     elif kind == "ConvTranspose":
         inner = (weight.shape[1], weight.shape[0] // len(rows), *weight.shape[2:])
         value = np.concatenate([np.moveaxis(one.reshape(inner), 1, 0) for one in rows])
-    elif kind == "Gemm" and _attribute(node, "transB", 0):
+    elif kind == "Gemm" and attributes(node).get("transB", 0):
         value = rows[0]
     else:
         value = rows[0].T
@@ -282,7 +282,3 @@ def _codes(traced: Traced, node: Any) -> npt.NDArray[np.int64] | None:
     if stored is None:
         return None
     return np.asarray(require_onnx().numpy_helper.to_array(stored)).astype(np.int64)
-
-
-def _attribute(node: Any, name: str, default: int) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)

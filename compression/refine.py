@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..models.dataset import load_image
 from ..models.errors import ModelFileError
-from ..models.graph import require_onnx
+from ..models.graph import attributes, copied, require_onnx
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
 from .calibrate import session
@@ -253,10 +253,8 @@ def _confidence(spec: ModelSpec, scores: Tensor) -> Tensor:
 @torch.no_grad()
 def stored(student: TorchGraph, quantized: Any) -> Any:
     """Returns the QDQ model with the student's weights and biases on the same grids."""
-    onnx = require_onnx()
-    numpy_helper = onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(quantized)
+    numpy_helper = require_onnx().numpy_helper
+    result = copied(quantized)
     links = Links(result.graph)
     for name, index in student.trained.items():
         value = student.values[index].double().numpy()
@@ -266,7 +264,7 @@ def stored(student: TorchGraph, quantized: Any) -> Any:
             tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
             continue
         codes, scale = (numpy_helper.to_array(links.stored[n]) for n in maker.input[:2])
-        axis = next((a.i for a in maker.attribute if a.name == "axis"), 1)
+        axis = attributes(maker).get("axis", 1)
         if scale.ndim:
             scale = scale.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
         top = WEIGHT_CODE_MAX if codes.dtype == np.int8 else 2**31 - 1

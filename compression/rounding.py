@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx
+from ..models.graph import copied, require_onnx
 from .calibrate import Grid, Seen
 from .qdq import Layout, Links, Weights, is_weighted, weight_scales
 
@@ -35,10 +35,8 @@ def round_weights(
         grids: On which grids.
         seen: What the convolutions' inputs were on photos.
     """
-    onnx = require_onnx()
-    numpy_helper = onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    numpy_helper = require_onnx().numpy_helper
+    result = copied(model)
     links = Links(model.graph)
     stored = {t.name: t for t in result.graph.initializer}
     found: dict[str, Weights] = {}

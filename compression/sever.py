@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.errors import ModelFileError
-from ..models.graph import initializers, require_onnx, tensor_shapes
+from ..models.graph import (
+    attributes,
+    copied,
+    drop_dead,
+    initializers,
+    require_onnx,
+    set_nodes,
+    tensor_shapes,
+)
 from ..models.spec import ModelSpec
 from .onnx_io import PREPARING, tidy
 
@@ -53,7 +61,7 @@ def prepare(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
             "compress the float model that it was made from"
         )
         raise ModelFileError(message)
-    model = _copy(model)
+    model = copied(model)
     stored = initializers(model)
     inputs = [i for i in model.graph.input if i.name not in stored]
     del model.graph.input[:]
@@ -81,8 +89,7 @@ def prepare(model: Any, spec: ModelSpec) -> tuple[Any, ModelSpec]:
 
 
 def _to_planes(node: Any) -> bool:
-    perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-    return node.op_type == "Transpose" and perm == [0, 3, 1, 2]
+    return node.op_type == "Transpose" and attributes(node).get("perm") == [0, 3, 1, 2]
 
 
 def sever(model: Any) -> Severed:
@@ -135,7 +142,7 @@ def sever(model: Any) -> Severed:
 def _with_named_outputs(model: Any) -> Any:
     """Returns a copy in which no output is a convolution's own result, so that there is a tail."""
     onnx = require_onnx()
-    model = _copy(model)
+    model = copied(model)
     outputs = {o.name for o in model.graph.output}
     renamed = {
         n.output[0]: f"{n.output[0]}_map"
@@ -191,8 +198,7 @@ def choose_channels(model: Any) -> None:
             nodes.append(
                 onnx.helper.make_node("Gather", [root, tensor.name], [name], f"{name}_pick", axis=1)
             )
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    set_nodes(model.graph, nodes)
     drop_dead(model)
 
 
@@ -252,12 +258,6 @@ def _info(name: str, shapes: dict[str, tuple[int, ...]]) -> Any:
     return require_onnx().helper.make_tensor_value_info(name, 1, shapes[name])
 
 
-def _copy(model: Any) -> Any:
-    result = require_onnx().ModelProto()
-    result.CopyFrom(model)
-    return result
-
-
 def _part(model: Any, nodes: list[Any], inputs: Any, outputs: Any) -> Any:
     """Returns a model of some of the nodes."""
     onnx = require_onnx()
@@ -267,19 +267,3 @@ def _part(model: Any, nodes: list[Any], inputs: Any, outputs: Any) -> Any:
     result = onnx.helper.make_model(graph, opset_imports=model.opset_import)
     result.ir_version = model.ir_version
     return result
-
-
-def drop_dead(model: Any) -> None:
-    """Removes operators and constants that no output needs, in place."""
-    needed = {o.name for o in model.graph.output}
-    nodes = []
-    for node in reversed(model.graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed |= set(node.input)
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(nodes))
-    kept = [t for t in model.graph.initializer if t.name in needed]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    del model.graph.value_info[:]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import ModelFileError
-from ..models.graph import require_onnx
+from ..models.graph import attributes, require_onnx
 from .qdq import WEIGHT_OPS, Links
 
 Attributes = dict[str, Any]
@@ -47,7 +47,7 @@ class TorchGraph(nn.Module):
             raise ModelFileError(message)
         self.input_name = str(model.graph.input[0].name)
         self.output_names = [str(o.name) for o in model.graph.output]
-        self._nodes = [(n, _attributes(n)) for n in model.graph.node]
+        self._nodes = [(n, attributes(n)) for n in model.graph.node]
         self._stored: dict[str, Tensor] = {
             name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(t)))
             for name, t in links.stored.items()
@@ -70,7 +70,7 @@ class TorchGraph(nn.Module):
         if node.op_type != "DequantizeLinear" or node.input[0] not in self._stored:
             return None
         codes, scale, zero = (self._stored[name] for name in node.input)
-        shape = _along(codes, _attributes(node).get("axis", 1), scale)
+        shape = _along(codes, attributes(node).get("axis", 1), scale)
         real: Tensor = (codes.double() - zero.reshape(shape)) * scale.double().reshape(shape)
         result: Tensor = real.float()
         return result
@@ -80,16 +80,16 @@ class TorchGraph(nn.Module):
         known: dict[str, Any] = {self.input_name: x}
         for name, index in self.trained.items():
             known[name] = self.values[index]
-        for node, attributes in self._nodes:
+        for node, given in self._nodes:
             out = node.output[0]
             if node.op_type == "DequantizeLinear":
-                known[out] = self._dequantized(node, attributes, known)
+                known[out] = self._dequantized(node, given, known)
                 continue
             inputs = [self._value(name, known) for name in node.input]
             if node.op_type == "QuantizeLinear":
                 known[out] = rounded(inputs[0], inputs[1], inputs[2])
                 continue
-            result = OPS[node.op_type](attributes, inputs)
+            result = OPS[node.op_type](given, inputs)
             if isinstance(result, (list, tuple)):
                 known.update(zip(node.output, result, strict=True))
             else:
@@ -138,11 +138,6 @@ def _along(codes: Tensor, axis: int, scale: Tensor) -> list[int]:
     if scale.ndim == 0:
         return []
     return [len(scale) if i == axis % codes.ndim else 1 for i in range(codes.ndim)]
-
-
-def _attributes(node: Any) -> Attributes:
-    helper = require_onnx().helper
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _pads(x: Tensor, a: Attributes, value: float = 0.0) -> Tensor:

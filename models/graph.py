@@ -1,9 +1,9 @@
-"""Reads ONNX graphs: parameters, multiply-accumulates, and what really runs as integers."""
+"""Reads ONNX graphs: parameters, multiply-accumulates, what really runs as integers; edits them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,61 @@ def load_model(path: Path | str) -> Any:
         message = f"{path}: expected an ONNX model, found a file without operators; export it again"
         raise ModelFileError(message)
     return model
+
+
+def copied(message: Any) -> Any:
+    """Returns a copy of a model, a node or another ONNX message."""
+    result = type(message)()
+    result.CopyFrom(message)
+    return result
+
+
+def attributes(node: Any) -> dict[str, Any]:
+    """Returns a node's attributes by name; those that it leaves at their defaults are missing.
+
+    Texts are bytes, lists are Python lists.
+    """
+    value = require_onnx().helper.get_attribute_value
+    return {attribute.name: value(attribute) for attribute in node.attribute}
+
+
+def set_nodes(graph: Any, nodes: Iterable[Any]) -> None:
+    """Makes ``nodes`` the graph's nodes, and drops the stored tensors that none of them reads.
+
+    Args:
+        graph: ``onnx.GraphProto``, changed in place. Other references to its nodes are void then.
+        nodes: New ones, or the graph's own, in the order of execution.
+    """
+    before = len(graph.node)
+    graph.node.extend(list(nodes))  # copies them: the graph's own die when they are taken out
+    del graph.node[:before]
+    used = {name for node in graph.node for name in _read_by(node)}
+    used |= {output.name for output in graph.output}
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in used:
+            del graph.initializer[place]
+
+
+def drop_dead(model: Any) -> None:
+    """Removes operators and stored tensors that no output needs, in place."""
+    needed = {output.name for output in model.graph.output}
+    nodes = []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            nodes.append(node)
+            needed.update(_read_by(node))
+    set_nodes(model.graph, reversed(nodes))
+    del model.graph.value_info[:]
+
+
+def _read_by(node: Any) -> Iterator[str]:
+    """Yields the tensors that a node reads, those of its branches and loop bodies among them."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            yield from (output.name for output in graph.output)
+            for inner in graph.node:
+                yield from _read_by(inner)
 
 
 def opset_of(model: Any) -> int:

@@ -125,3 +125,62 @@ def test_shapes_are_zero_where_unknown() -> None:
     shapes = graph.tensor_shapes(model)
     assert shapes["images"] == (1, 3, kit.SIZE, kit.SIZE)
     assert np.prod(shapes["output"]) == 64 * 7
+
+
+def branching() -> Any:
+    """An If whose branches read stored tensors of the outer graph, and what nobody needs."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    def branch(name: str) -> Any:
+        node = helper.make_node("Identity", [name], [f"{name}_out"])
+        info = helper.make_tensor_value_info(f"{name}_out", 1, [2])
+        return helper.make_graph([node], name, [], [info])
+
+    ends = {"then_branch": branch("a"), "else_branch": branch("b")}
+    nodes = [
+        helper.make_node("If", ["flag"], ["y"], "choice", **ends),
+        helper.make_node("Relu", ["unread"], ["nobody"], "dead"),
+    ]
+    tensors = [
+        numpy_helper.from_array(np.full(2, i, np.float32), name)
+        for i, name in enumerate(("unread", "a", "b", "constant"))
+    ]
+    info = [helper.make_tensor_value_info(name, 1, [2]) for name in ("y", "constant")]
+    flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+    made = helper.make_graph(nodes, "branching", [flag], info, tensors)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_what_no_output_needs_goes_and_branches_keep_what_they_read() -> None:
+    model = branching()
+    graph.drop_dead(model)
+    assert [n.name for n in model.graph.node] == ["choice"]
+    assert list(graph.initializers(model)) == ["a", "b", "constant"]
+    runner = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for flag, value in ((True, 1), (False, 2)):
+        np.testing.assert_array_equal(runner.run(["y"], {"flag": np.array(flag)})[0], [value] * 2)
+
+
+def test_nodes_of_a_graph_can_be_put_in_another_order() -> None:
+    model = branching()
+    before = [n.SerializeToString() for n in model.graph.node]
+    graph.set_nodes(model.graph, reversed(model.graph.node))
+    assert [n.SerializeToString() for n in model.graph.node] == before[::-1]
+    assert list(graph.initializers(model)) == ["unread", "a", "b", "constant"]
+
+
+def test_a_copy_is_apart_from_its_original() -> None:
+    model = branching()
+    other = graph.copied(model)
+    assert other == model
+    other.graph.node[0].name = "other"
+    assert model.graph.node[0].name == "choice"
+
+
+def test_attributes_are_plain_values() -> None:
+    from onnx import helper
+
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 2, 3, 4], group=2, auto_pad="VALID")
+    assert graph.attributes(node) == {"pads": [1, 2, 3, 4], "group": 2, "auto_pad": b"VALID"}
+    assert graph.attributes(helper.make_node("Relu", ["x"], ["y"])) == {}

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
+import onnxruntime as ort
 import pytest
 from edgesight.compression.calibrate import Grid
 from edgesight.compression.lean import fold_normalisation, lean, merge_focus, pool_first
@@ -76,6 +78,29 @@ def test_focus_becomes_one_convolution_that_computes_the_same(
     assert [n.op_type for n in merged.graph.node] == ["Conv"]
     x = np.random.default_rng(1).normal(0, 1, (1, 3, 16, 24)).astype(np.float32)
     np.testing.assert_allclose(run(merged, x)[0], run(model, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_each_focus_of_a_graph_becomes_a_convolution() -> None:
+    model, other = focus_net(3), onnx.compose.add_prefix(focus_net(1, CORNERS[::-1]), "other_")
+    for field in ("node", "initializer", "input", "output"):
+        getattr(model.graph, field).extend(getattr(other.graph, field))
+    merged = onnx.ModelProto()
+    merged.CopyFrom(model)
+    assert merge_focus(merged) == 2
+    onnx.checker.check_model(merged)
+    assert [n.op_type for n in merged.graph.node] == ["Conv", "Conv"]
+    random = np.random.default_rng(1)
+    feeds = {
+        i.name: random.normal(0, 1, (1, 3, 16, 24)).astype(np.float32) for i in model.graph.input
+    }
+    found, wanted = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, feeds
+        )
+        for m in (merged, model)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +182,9 @@ def pooled(op: str, readers: int = 1, **attributes: float) -> Any:
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
         helper.make_node(op, ["c"], ["a"], **attributes),
-        helper.make_node("MaxPool", ["a"], ["p"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+        helper.make_node(
+            "MaxPool", ["a"], ["p"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4
+        ),
         helper.make_node("Neg", ["p"], ["y"]),
     ]
     outputs = [("y", [1, 5, 8, 12]), ("a", [1, 5, 16, 24])][:readers]
