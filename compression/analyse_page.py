@@ -11,7 +11,8 @@ import numpy as np
 from ..models.files import write_text
 from .analyse_report import Row, columns
 from .layer_sensitivity import TREATMENTS
-from .report import BLUE, ORANGE, as_svg, figure_of, size_text
+from .page import render_page
+from .report import BLUE, FILTERS, ORANGE, as_svg, figure_of
 
 TEMPLATE = "analyse.html.j2"
 GREEN = "#3f9d5d"
@@ -28,23 +29,18 @@ def write_page(path: Path, report: Row) -> None:
 
     Raises:
         OutputError: The file cannot be written.
-        MissingExtraError: matplotlib is missing.
+        MissingExtraError: jinja2 or matplotlib is missing.
     """
     write_text(path, render(report))
 
 
 def render(report: Row) -> str:
     """Returns the HTML page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["size"] = size_text
-    template = environment.from_string((Path(__file__).parent / TEMPLATE).read_text("utf-8"))
     head = columns(report)
     ranked = sorted(report["layers"], key=lambda row: -row["macs"])
-    return template.render(
+    return render_page(
+        TEMPLATE,
+        FILTERS,
         report=report,
         plots=plots(report),
         titles=[title for title, _ in head],

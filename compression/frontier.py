@@ -11,14 +11,15 @@ from typing import Any, Final
 
 from ..models.dataset import Dataset
 from ..models.detector import OnnxDetector
-from ..models.errors import EdgeSightError, MissingExtraError
+from ..models.errors import EdgeSightError
 from ..models.files import write_bytes, write_json, write_text
 from ..models.machine import machine
 from .candidates import ORIGINAL, Candidate, Workshop
 from .data import open_photos
+from .page import render_page
 from .pipeline import Ruler
 from .price import can_count, count_instructions
-from .report import BLUE, ORANGE, finite, mega_text, percent_text, score_text, size_text
+from .report import BLUE, FILTERS, ORANGE, figure_of, finite
 from .search import TRIALS_FOLDER, Found
 from .targets import Search, asked_text, best_of, missed, non_dominated, shortfall_text
 from .verify import generalisation, latency
@@ -239,12 +240,7 @@ def write_frontier(folder: Path, report: dict[str, Any]) -> Path:
 
 def plot(report: dict[str, Any]) -> bytes:
     """Returns accuracy over cost and over size as PNG: the frontier, the rest, and the limits."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = "expected the package matplotlib, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=110)
+    figure = figure_of(4.2, width=10, dpi=110)
     rows = report["rows"]
     kind = "AP" if report["original"]["score"]["kind"] == "ap" else "agreement with the original"
     target = report["target"]
@@ -305,18 +301,5 @@ def _outer(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def render(report: dict[str, Any], picture: bytes) -> str:
     """Returns the page: everything inside, nothing fetched from anywhere."""
-    try:
-        import jinja2
-    except ImportError as error:
-        message = "expected the package jinja2, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        mega=mega_text, size=size_text, percent=percent_text, score=score_text
-    )
-    template = environment.from_string((Path(__file__).parent / TEMPLATE).read_text("utf-8"))
-    return template.render(
-        report=report, picture="data:image/png;base64," + base64.b64encode(picture).decode()
-    )
+    address = "data:image/png;base64," + base64.b64encode(picture).decode()
+    return render_page(TEMPLATE, FILTERS, report=report, picture=address)

@@ -7,9 +7,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from ..models.errors import MissingExtraError
 from ..models.files import sha256, write_json, write_text
 from ..models.machine import machine
 from .measure import SHOWN
+from .page import render_page
 
 if TYPE_CHECKING:  # torch; a page alone does not need it
     from .pipeline import RunResult, StepRow
@@ -101,19 +102,9 @@ def write_report(folder: Path, report: dict[str, Any], pictures: Sequence[dict[s
 
 def render(report: dict[str, Any], pictures: Sequence[dict[str, str]]) -> str:
     """Returns the HTML page: everything inside, nothing fetched from anywhere."""
-    try:
-        import jinja2
-    except ImportError as error:
-        message = "expected the package jinja2, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        mega=mega_text, size=size_text, percent=percent_text, score=score_text, loss=loss_text
-    )
-    template = environment.from_string((Path(__file__).parent / TEMPLATE).read_text("utf-8"))
-    return template.render(
+    return render_page(
+        TEMPLATE,
+        FILTERS,
         report=report,
         headline=headline(report),
         plots=[plot for plot in (_cost_plot(report), _score_plot(report)) if plot],
@@ -154,6 +145,16 @@ def loss_text(score: dict[str, Any] | None) -> str:
     if score["loss_low"] is None:
         return f"{score['loss']:.2f}"
     return f"{score['loss']:.2f} [{score['loss_low']:.2f}, {score['loss_high']:.2f}]"
+
+
+FILTERS: Final[dict[str, Callable[..., str]]] = {
+    "mega": mega_text,
+    "size": size_text,
+    "percent": percent_text,
+    "score": score_text,
+    "loss": loss_text,
+}
+"""What templates call the functions above."""
 
 
 def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -231,8 +232,13 @@ def example_pictures(before: Path, after: Path, data: Dataset) -> list[dict[str,
     return found
 
 
-def figure_of(height: float) -> Any:
-    """Returns an empty matplotlib figure as wide as a page, ``height`` inches high.
+def figure_of(height: float, width: float = 6.4, dpi: float | None = None) -> Any:
+    """Returns an empty matplotlib figure.
+
+    Args:
+        height: In inches.
+        width: In inches; by default that of a page.
+        dpi: Pixels per inch, for what is not drawn as SVG.
 
     Raises:
         MissingExtraError: There is no matplotlib.
@@ -242,7 +248,7 @@ def figure_of(height: float) -> Any:
     except ImportError as error:
         message = "expected the package matplotlib, found none; pip install '.[compress]'"
         raise MissingExtraError(message) from error
-    return Figure(figsize=(6.4, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
 
 
 def _cost_plot(report: dict[str, Any]) -> str:
