@@ -29,7 +29,7 @@ from ..models.errors import RecipeError
 from ..models.nets.common import DetectorNet
 from .groups import ChannelMap, Group
 from .importance import RemovalState, collect_stats
-from .levels import probe_loss
+from .levels import probe_gradients
 
 Scores = npt.NDArray[np.float64]
 Key = tuple[str, ...]
@@ -201,7 +201,6 @@ def taylor_scores(
     No labels are needed: ``L`` is a random projection of the outputs that matter
     (``levels.probe_loss``), so what counts is how much the outputs would change.
     """
-    torch.set_flush_denormal(True)  # as in collect_stats
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, Any] = dict(net.named_modules())
     rows = [group.makers + group.through for group in channels.groups]
@@ -219,16 +218,11 @@ def taylor_scores(
     needed = {p: p.requires_grad for p in net.parameters()}
     net.requires_grad_(True)
     try:
-        for batch in batches:
-            net.zero_grad(set_to_none=True)
-            with torch.autocast(batch.device.type, torch.bfloat16):
-                levels = [level.float() for level in net(batch)]
-            probe_loss(net, levels, generator).backward()  # type: ignore[no-untyped-call]
+        for _ in probe_gradients(net, batches, generator):
             flat = np.concatenate([_first_order(modules[name]) for name in names])
             scores += np.abs(np.bincount(owner, flat[slot], len(rows)))
             count += 1
     finally:
-        net.zero_grad(set_to_none=True)
         for parameter, before in needed.items():
             parameter.requires_grad_(before)
     return scores / max(count, 1)

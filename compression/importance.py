@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.nets.common import DetectorNet
 from .groups import ChannelMap
-from .levels import probe_loss
+from .levels import probe_gradients
 
 Matrix = npt.NDArray[np.float64]
 
@@ -54,7 +54,6 @@ def collect_stats(
         seed: Of the random projections and of the sampled positions.
         samples_max: Positions per batch and layer that go into the covariance.
     """
-    torch.set_flush_denormal(True)  # tiny gradients are a hundred times slower on x86 otherwise
     generator = torch.Generator().manual_seed(seed)
     convs = {
         name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1
@@ -92,16 +91,11 @@ def collect_stats(
         )
     count = 0
     try:
-        for batch in batches:
-            net.zero_grad(set_to_none=True)
-            with torch.autocast(batch.device.type, torch.bfloat16):  # 5 times as fast on a CPU
-                levels = [level.float() for level in net(batch)]
-            probe_loss(net, levels, generator).backward()  # type: ignore[no-untyped-call]
+        for _ in probe_gradients(net, batches, generator):
             count += 1
     finally:
         for handle in handles:
             handle.remove()
-        net.zero_grad(set_to_none=True)
     for stat in stats.values():
         stat.gram /= count
     return stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -128,3 +129,30 @@ def probe_loss(net: DetectorNet, levels: list[Tensor], generator: torch.Generato
             scale = weight if value.ndim == 4 else weight[:, :, None]
             total = total + (value * noise * scale).sum()
     return total
+
+
+def probe_gradients(
+    net: DetectorNet, batches: Iterable[Tensor], generator: torch.Generator
+) -> Iterator[None]:
+    """Sends the gradient of ``probe_loss`` back through a network, batch by batch.
+
+    At each turn the parameters' ``grad`` is that of one batch alone; at the end it is None.
+
+    Args:
+        net: In eval mode.
+        batches: Normalised float32 ``(b, 3, h, w)``.
+        generator: Of the projections.
+
+    Raises:
+        ValueError: The network's head is not known here.
+    """
+    torch.set_flush_denormal(True)  # tiny gradients are a hundred times slower on x86 otherwise
+    try:
+        for batch in batches:
+            net.zero_grad(set_to_none=True)
+            with torch.autocast(batch.device.type, torch.bfloat16):  # 5 times as fast on a CPU
+                levels = [level.float() for level in net(batch)]
+            probe_loss(net, levels, generator).backward()  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        net.zero_grad(set_to_none=True)
