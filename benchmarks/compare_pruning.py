@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edgesight.compression.compensate import refit
+from edgesight.compression.compensate import REFIT_RIDGE, few_enough, refit
 from edgesight.compression.criteria import CRITERIA, Harm, harm_of, layers
 from edgesight.compression.cut import chosen_groups, cut
 from edgesight.compression.data import open_photos
@@ -38,7 +38,6 @@ from edgesight.compression.prune import (
     plan_pruning,
     total_cost,
 )
-from edgesight.compression.prune_step import REFIT_PHOTOS_MAX, REFIT_RIDGE
 from edgesight.compression.recipe import ModelSource
 from edgesight.compression.source import Entered, enter
 from edgesight.compression.state import rows_kept
@@ -161,7 +160,7 @@ def prune(bench: Bench, method: Method, ratio: float) -> tuple[DetectorNet, dict
 
 def recover(bench: Bench, net: DetectorNet, rows: dict[str, Tensor]) -> None:
     """Refits a network in place, as the step ``prune`` does."""
-    few = bench.batches[: max(1, REFIT_PHOTOS_MAX // len(bench.batches[0]))]
+    few = few_enough(bench.batches)
     refit(net, bench.entered.net, rows, few, ridge=REFIT_RIDGE, progress=False)
 
 

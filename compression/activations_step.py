@@ -7,13 +7,10 @@ from collections import Counter
 from typing import Any
 
 from .activations import NEW, activations_of, replace_activations
-from .compensate import refit
+from .compensate import REFIT_PHOTOS_MAX, refit_to_original
 from .photos import calibration_batches
 from .settings import ActivationsStep
-from .state import State, StepReport, rows_kept
-
-REFIT_PHOTOS_MAX = 320
-REFIT_RIDGE = 0.1
+from .state import State, StepReport
 
 
 def run_activations(state: State, config: ActivationsStep) -> tuple[State, StepReport]:
@@ -33,8 +30,7 @@ def run_activations(state: State, config: ActivationsStep) -> tuple[State, StepR
     batches = calibration_batches(
         job.photos.train_paths, state.spec, min(config.photos, REFIT_PHOTOS_MAX)
     )
-    rows = rows_kept(state.teacher, changed.edits)
-    refit(changed.net, state.teacher, rows, batches, ridge=REFIT_RIDGE, progress=job.progress)
+    refit_to_original(changed, batches)
     return changed, StepReport("activations", time.monotonic() - start, figures)
 
 

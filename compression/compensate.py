@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,13 +20,44 @@ from tqdm import tqdm
 from .chain import whole_name
 from .importance import unfold
 from .plain import trace
+from .state import State, rows_kept
+
+REFIT_PHOTOS_MAX: Final = 320
+"""What two networks compute on so many photos is held in memory: some GB."""
+REFIT_RIDGE: Final = 0.1
+
+
+def refit_to_original(state: State, batches: Sequence[Tensor], ridge: float = REFIT_RIDGE) -> None:
+    """Refits a state's network to the uncut one, in place; zeros of ``sparsify`` stay zero.
+
+    Args:
+        state: After the change that is to be mended.
+        batches: Normalised float32 ``(b, 3, h, w)`` photos; see ``few_enough``.
+        ridge: As in ``refit``.
+    """
+    rows = rows_kept(state.teacher, state.edits)
+    sparse = any(edit["kind"] == "sparsify" for edit in (*state.base_edits, *state.edits))
+    refit(
+        state.net,
+        state.teacher,
+        rows,
+        few_enough(batches),
+        ridge=ridge,
+        progress=state.job.progress,
+        keep_zeros=sparse,
+    )
+
+
+def few_enough(batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns the first batches, as many as memory holds, at least one."""
+    return batches[: max(1, REFIT_PHOTOS_MAX // len(batches[0]))]
 
 
 @torch.no_grad()
 def refit(
     net: nn.Module,
     dense: nn.Module,
-    rows_kept: dict[str, Tensor],
+    rows: dict[str, Tensor],
     batches: Sequence[Tensor],
     ridge: float = 1e-2,
     samples_max: int = 1500,
@@ -40,7 +71,7 @@ def refit(
     Args:
         net: The cut network, eval mode, normalisation folded.
         dense: The uncut one.
-        rows_kept: Conv name (``whole_name``) -> int64 indices of the output channels that are left.
+        rows: Conv name (``whole_name``) -> int64 indices of the output channels that are left.
         batches: Normalised float32 ``(b, 3, h, w)`` photos.
         ridge: Pull towards the weights as they are, relative to each input's energy.
         samples_max: Positions per batch and layer.
@@ -60,9 +91,9 @@ def refit(
         conv = modules.get(name) if node.op == "call_module" else None
         # A shared convolution cannot be fitted to two inputs one after the other.
         if isinstance(conv, nn.Conv2d) and conv.groups == 1 and calls[name] == 1:
-            rows = rows_kept.get(whole_name(name))
+            left = rows.get(whole_name(name))
             inputs, targets = ours.inputs(node), theirs.values[other]
-            _fit_layer(conv, inputs, targets, rows, ridge, samples_max, keep_zeros)
+            _fit_layer(conv, inputs, targets, left, ridge, samples_max, keep_zeros)
         ours.step(node)
 
 

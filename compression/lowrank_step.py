@@ -16,17 +16,15 @@ from tqdm import tqdm
 
 from ..models.nets.common import DetectorNet
 from .chain import Layer, as_factor, put, stand_in
-from .compensate import refit
+from .compensate import refit_to_original
 from .lowrank import Subject, decompose, recompose, subject_of
 from .lowrank_choice import Candidate, Choice, by_budget, by_energy, choices_of, price
 from .moments import Moments, collect_moments
 from .photos import calibration_batches
 from .prune import COSTS, CostOf, conv_costs, count_macs, macs_of, total_cost
 from .settings import FactoriseStep
-from .state import State, StepReport, rows_kept
+from .state import State, StepReport
 
-REFIT_PHOTOS_MAX: Final = 320
-"""What two networks compute on so many photos is held in memory: some GB."""
 REFIT_RIDGE: Final = 1.0
 """Ten times what a cut wants: chains start at their optimum, only what comes in has drifted."""
 QUIET: Final = 0.01
@@ -70,18 +68,7 @@ def run_factorise(state: State, config: FactoriseStep) -> tuple[State, StepRepor
         layers = {n: {"how": c.how, "ranks": list(c.ranks)} for n, c in chosen.items()}
         changed = state.changed(small, {"kind": "factorise", "layers": layers})
         if config.refit:
-            few = batches[: max(1, REFIT_PHOTOS_MAX // len(batches[0]))]
-            rows = rows_kept(state.teacher, changed.edits)
-            zeros = any(e["kind"] == "sparsify" for e in (*state.base_edits, *state.edits))
-            refit(
-                small,
-                state.teacher,
-                rows,
-                few,
-                ridge=REFIT_RIDGE,
-                progress=job.progress,
-                keep_zeros=zeros,
-            )
+            refit_to_original(changed, batches, REFIT_RIDGE)
     figures["macs_after"] = count_macs(changed.net, example)
     figures["cost_after"] = round(total_cost(conv_costs(changed.net, example), cost_of))
     figures["tried"] = [_row(one, chosen.get(one.name)) for one in found]

@@ -15,18 +15,15 @@ from tqdm import tqdm
 from ..models.errors import RecipeError
 from ..models.files import read_json
 from ..models.nets.common import DetectorNet
-from .compensate import refit
+from .compensate import refit_to_original
 from .criteria import Key, harm_of, layers
 from .cut import chosen_groups, cut
 from .groups import ChannelMap, find_groups
 from .photos import calibration_batches
 from .prune import COSTS, ConvCost, PlanError, PruneRules, conv_costs, plan_pruning, total_cost
 from .settings import PruneStep
-from .state import State, StepReport, rows_kept
+from .state import State, StepReport
 
-REFIT_PHOTOS_MAX = 320
-"""What two networks compute on so many photos is held in memory: some GB."""
-REFIT_RIDGE = 0.1
 UNITS = {"macs": "multiply-accumulates"}
 """What costs are counted in; instructions of a processor core where it is not said here."""
 
@@ -172,7 +169,5 @@ def _cut_and_refit(
     small = cut(state.net, channels, chosen_groups(channels, removed))
     assert isinstance(small, DetectorNet)
     changed = state.changed(small.eval(), {"kind": "cut", "removed": removed})
-    rows = rows_kept(state.teacher, changed.edits)
-    few = batches[: max(1, REFIT_PHOTOS_MAX // len(batches[0]))]
-    refit(changed.net, state.teacher, rows, few, ridge=REFIT_RIDGE, progress=job.progress)
+    refit_to_original(changed, batches)
     return changed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,8 @@ import onnx
 import pytest
 import torch
 from edgesight.compression import source
+from edgesight.compression.compensate import refit_to_original
+from edgesight.compression.photos import calibration_batches
 from edgesight.compression.pipeline import RunResult, run_recipe
 from edgesight.compression.recipe import ModelSource, Recipe, make_recipe
 from edgesight.compression.sparse import masks_of, weights_of, zero_count
@@ -186,6 +190,27 @@ def test_zeros_stay_while_the_others_learn(base: Path) -> None:
         before = weights_of(sparse)[name]
         assert ((weight == 0) == (before == 0)).all(), name
         assert (weight != before).any(), name
+
+
+def test_zeros_stay_while_other_activations_are_made_up_for(base: Path) -> None:
+    steps = [SPARSIFY, {"kind": "activations", "photos": 6}]
+    sparse = run(recipe(base, steps[:1], out="swapped")).state.net
+    swapped = run(recipe(base, steps, out="swapped")).state.net
+    for name, weight in weights_of(swapped).items():
+        before = weights_of(sparse)[name]
+        assert not weight[before == 0].any(), name
+    assert any((weights_of(swapped)[n] != w).any() for n, w in weights_of(sparse).items())
+
+
+def test_a_refit_keeps_the_zeros_that_the_network_came_in_with(base: Path) -> None:
+    state = copy.deepcopy(run(recipe(base, [SPARSIFY], out="came")).state)
+    came = replace(state, base_edits=state.edits, edits=())
+    before = {name: weight.clone() for name, weight in weights_of(state.net).items()}
+    batches = calibration_batches(state.job.photos.train_paths, state.spec, 6)
+    refit_to_original(came, batches)
+    for name, weight in weights_of(came.net).items():
+        assert not weight[before[name] == 0].any(), name
+    assert any((weights_of(came.net)[name] != weight).any() for name, weight in before.items())
 
 
 def test_any_onnx_file_can_be_made_sparse(base: Path) -> None:
