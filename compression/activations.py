@@ -28,11 +28,10 @@ NEW: Final[dict[str, type[nn.Module]]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 def activations_of(net: nn.Module) -> dict[str, str]:
     """Returns the replaceable activations of a network: module name -> kind."""
-    kinds = {kind: types for kind, types in REPLACEABLE.items()}
     return {
         name: kind
         for name, module in net.named_modules()
-        for kind, types in kinds.items()
+        for kind, types in REPLACEABLE.items()
         if isinstance(module, types)
     }
 

@@ -52,7 +52,7 @@ class ConvCost:
     @property
     def macs(self) -> int:
         """Multiply-accumulates per picture."""
-        return self.outputs * self.inputs * self.taps * self.cells
+        return macs_of(self, self.inputs, self.outputs)
 
 
 def conv_costs(net: nn.Module, example: Tensor) -> dict[str, ConvCost]:
@@ -86,7 +86,7 @@ CostOf = Callable[[ConvCost, int, int], float]
 """``(layer, inputs, outputs)`` -> what it costs with so many channels."""
 
 
-def macs_of(layer: ConvCost, inputs: int, outputs: int) -> float:
+def macs_of(layer: ConvCost, inputs: int, outputs: int) -> int:
     """Returns multiply-accumulates per picture."""
     return outputs * inputs * layer.taps * layer.cells
 
