@@ -194,12 +194,6 @@ class Stranger:
         flat = [part.float().numpy() for part in parts]
         return levels, [[part[i : i + 1] for part in flat] for i in range(len(inputs))]
 
-    def renumbered(self, found: Detections) -> Detections:
-        """Returns detections with the student's class numbers; others are dropped."""
-        label = self.to_student[found.label]
-        kept = label >= 0
-        return Detections(found.xyxy[kept], found.score[kept], label[kept])
-
 
 @dataclass(frozen=True)
 class _Opinion:
@@ -245,7 +239,8 @@ class Panel:
         for member, view in zip(self.members, views, strict=True):
             levels, outputs = member.outputs(view.inputs)
             for boxes, raw, place in zip(found, outputs, view.placements, strict=True):
-                boxes.append(member.renumbered(decode(raw, member.spec, place, SCORE_MIN)))
+                seen = decode(raw, member.spec, place, SCORE_MIN)
+                boxes.append(renumbered(seen, member.to_student))
             maps.append(levels)
         return _Opinion([agree(boxes, self._voters, TEACHER_SCORE) for boxes in found], maps)
 
@@ -297,8 +292,7 @@ class FusedDetector:
         found = []
         for detector, table in self._members:
             one = detector(image, min(score_min, SCORE_MIN), limit)
-            label = table[one.label]
-            found.append(Detections(one.xyxy, one.score, np.maximum(label, 0))[label >= 0])
+            found.append(renumbered(one, table))
         return agree(found, self._voters, score_min)[:limit]
 
 
@@ -310,6 +304,18 @@ def _targets(found: Detections, xyxy: np.ndarray, device: torch.device) -> Targe
     large = (xyxy[:, 2:] - xyxy[:, :2]).min(1, initial=np.inf) > 2
     columns = (xyxy[large], found.label[large], found.score[large])
     return Targets(*(torch.from_numpy(np.array(c)).to(device) for c in columns))
+
+
+def renumbered(found: Detections, to_student: IntArray) -> Detections:
+    """Returns detections with the student's class numbers; others are dropped.
+
+    Args:
+        found: By a teacher.
+        to_student: int64, its class -> the student's, or -1.
+    """
+    label = to_student[found.label]
+    kept = label >= 0
+    return Detections(found.xyxy[kept], found.score[kept], label[kept])
 
 
 def voters(tables: Sequence[IntArray], classes: int) -> IntArray:
