@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from .activations import NEW, activations_of, replace_activations
+from .activations import activations_of, replace_activations
 from .compensate import REFIT_PHOTOS_MAX, refit_to_original
 from .photos import calibration_batches
 from .settings import ActivationsStep
@@ -32,6 +32,3 @@ def run_activations(state: State, config: ActivationsStep) -> tuple[State, StepR
     )
     refit_to_original(changed, batches)
     return changed, StepReport("activations", time.monotonic() - start, figures)
-
-
-assert set(NEW) == {"relu", "relu6"}, "settings.ActivationsStep names them"

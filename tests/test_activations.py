@@ -6,16 +6,17 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from edgesight.compression.activations import activations_of, replace_activations
+from edgesight.compression.activations import NEW, activations_of, replace_activations
 from edgesight.compression.compensate import refit
 from edgesight.compression.photos import calibration_batches
 from edgesight.compression.pipeline import run_recipe
 from edgesight.compression.recipe import make_recipe
+from edgesight.compression.settings import ActivationsStep
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.graph import load_model
 from edgesight.models.nets.build import build_net, load_weights
@@ -59,6 +60,10 @@ def test_some_can_be_kept() -> None:
     net = tiny.make()
     some = [name for name in activations_of(net) if "down" in name]
     assert activations_of(replace_activations(net, some, "relu6")) == {"stem.act": "leaky_relu"}
+
+
+def test_a_recipe_can_ask_for_every_new_activation_and_no_other() -> None:
+    assert set(get_args(ActivationsStep.model_fields["to"].annotation)) == set(NEW)
 
 
 def test_refitting_makes_up_for_the_swap() -> None:
