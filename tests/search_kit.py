@@ -7,13 +7,16 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cv2
+import pytest
 import torch
 from edgesight.compression.recipe import Recipe, make_recipe
+from edgesight.compression.search_command import run_search
 from edgesight.models.detector import OnnxDetector
 
 HERE = Path(__file__).parent
@@ -33,6 +36,26 @@ def tiny_module() -> ModuleType:
     module = ModuleType("tiny_net")
     vars(module).update(tiny)
     return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_net() -> Iterator[None]:
+    """Lets recipes find ``tiny_net``, computes with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.modules["tiny_net"] = tiny_module()
+    yield
+    del sys.modules["tiny_net"]
+    torch.set_num_threads(threads)
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+def run(recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """Runs the search of a recipe without a word."""
+    return run_search(recipe, progress=False, say=quiet, **options)
 
 
 def values_of(out: str = "out", data: dict[str, Any] | None = None, **search: Any) -> Any:

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,16 @@ from edgesight.compression import candidates as candidates_module
 from edgesight.compression.candidates import Workshop
 from edgesight.compression.frontier import choose
 from edgesight.compression.pipeline import run_recipe
-from edgesight.compression.recipe import Recipe, make_recipe, read_recipe
+from edgesight.compression.recipe import make_recipe, read_recipe
 from edgesight.compression.search import read_trials, search
-from edgesight.compression.search_command import run_search
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import RecipeError
 from edgesight.models.files import sha256
 from edgesight.models.nets import build
 
 kit: Any = runpy.run_path(str(Path(__file__).with_name("search_kit.py")))
-recipe_of = kit["recipe_of"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_net() -> Iterator[None]:
-    """Lets recipes find ``tiny_net``, computes with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.modules["tiny_net"] = kit["tiny_module"]()
-    yield
-    del sys.modules["tiny_net"]
-    torch.set_num_threads(threads)
+recipe_of, run, quiet = kit["recipe_of"], kit["run"], kit["quiet"]
+tiny_net = kit["tiny_net"]
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kit["label"](draw(folder / "labelled", 24), model)
     kit["label"](draw(folder / "eval", 6), model)
     return folder
-
-
-def quiet(line: str) -> None:
-    """Says nothing."""
-
-
-def run(recipe: Recipe, **options: Any) -> dict[str, Any]:
-    return run_search(recipe, progress=False, say=quiet, **options)
 
 
 @pytest.fixture(scope="module")

@@ -6,33 +6,18 @@ import json
 import re
 import runpy
 import signal
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from edgesight.compression import candidates as candidates_module
-from edgesight.compression.recipe import Recipe
 from edgesight.compression.search import read_trials
-from edgesight.compression.search_command import run_search
 from edgesight.models.errors import RecipeError
 
 kit: Any = runpy.run_path(str(Path(__file__).with_name("search_kit.py")))
-recipe_of = kit["recipe_of"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_net() -> Iterator[None]:
-    """Lets recipes find ``tiny_net``, computes with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.modules["tiny_net"] = kit["tiny_module"]()
-    yield
-    del sys.modules["tiny_net"]
-    torch.set_num_threads(threads)
+recipe_of, run = kit["recipe_of"], kit["run"]
+tiny_net = kit["tiny_net"]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +26,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     kit["tools"]["draw_photos"](folder / "photos")
     return folder
-
-
-def quiet(line: str) -> None:
-    """Says nothing."""
-
-
-def run(recipe: Recipe, **options: Any) -> dict[str, Any]:
-    return run_search(recipe, progress=False, say=quiet, **options)
 
 
 def test_going_on_does_not_repeat_finished_trials(
