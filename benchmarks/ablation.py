@@ -15,22 +15,20 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compare_int8 import CORES, instructions
 from edgesight.compression.pipeline import run_recipe
 from edgesight.compression.recipe import Recipe, make_recipe, read_recipe
 from edgesight.models.dataset import Dataset, open_dataset
 from edgesight.models.detector import OnnxDetector
-from edgesight.models.errors import EdgeSightError
 from edgesight.models.evaluate import Evaluation, evaluate_detector
 from edgesight.models.files import sha256, write_json
 from edgesight.models.graph import load_model, node_macs
 from edgesight.models.machine import machine
 
-CORES = ("cortex-a76", "cortex-a72")
 PRUNE: dict[str, Any] = {"kind": "prune", "macs_ratio": 0.8}
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "sparsify, half of the weights, Taylor": [{"kind": "sparsify", "sparsity": 0.5}],
@@ -106,17 +104,9 @@ def measure(path: Path, check: Dataset, before: Evaluation | None) -> tuple[dict
 
 def add_instructions(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Adds what each file costs on the cores; None where it cannot be counted."""
-    from edgesight.models.cost import Cost, count
-
-    for core in CORES:
-        try:
-            costs = count([folder / row["file"] for row in rows], core)
-        except EdgeSightError as error:
-            print(f"{core}: {error}", file=sys.stderr)
-            costs = []
-        for number, row in enumerate(rows):
-            cost = costs[number] if costs else None
-            row[core] = cost.instructions if isinstance(cost, Cost) else None
+    for core, counts in instructions([folder / row["file"] for row in rows]).items():
+        for row, number in zip(rows, counts, strict=True):
+            row[core] = number
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
