@@ -26,6 +26,7 @@ from .lowbit_round import (
     rounded_model,
     weight_count,
 )
+from .rounding import zeros_of
 
 CODES_MIN: Final = 1024
 """Smaller weights keep 8 bits: the operators that unpack them would take what they save."""
@@ -127,7 +128,8 @@ def lower(
     chosen = chosen_photos(photos, config.photos_max, config.seed)
     sources = list(dict.fromkeys(layer.source for layer in layers))
     seen = observe(quantized, sources, chosen, spec, seed=config.seed, progress=progress)
-    fits = {layer.name: Fit.of(quantized, layer, seen[layer.source]) for layer in layers}
+    zeros = zeros_of(original, quantized)
+    fits = {x.name: Fit.of(quantized, x, seen[x.source], zeros.get(x.real)) for x in layers}
     notes: tuple[str, ...] = ()
     if config.bytes_max is None:
         widths = {layer.name: config.weights for layer in layers}

@@ -20,10 +20,9 @@ from .bits_graph import levels, store_packed, store_sparingly
 from .calibrate import Seen
 from .half import half_weights
 from .qdq import WEIGHT_OPS, Links
-from .rounding import DAMPING, lost_mean
+from .rounding import DoubleArray, Mask, compensated, lost_mean, nearest, second_moments
 from .slim import shorten_names
 
-DoubleArray = npt.NDArray[np.float64]
 SHRINKS: Final = np.geomspace(1.0, 0.25, 25)
 
 
@@ -115,23 +114,27 @@ class Fit:
         mean: Mean of each input channel.
         moments: Second moments of the inputs, ``(inputs, inputs)``; None where the kernel sees
             more than one pixel or one group: those weights are rounded to nearest.
+        zero: Which weights stay zero, of the shape of ``weight``; None: none has to. A single bit
+            has no zero.
     """
 
     weight: DoubleArray
     mean: FloatArray
     moments: DoubleArray | None
+    zero: Mask | None = None
 
     @classmethod
-    def of(cls, model: Any, layer: Layer, seen: Seen) -> Fit:
-        """Reads a layer's weights and the moments of its inputs."""
+    def of(cls, model: Any, layer: Layer, seen: Seen, zero: Mask | None = None) -> Fit:
+        """Reads a layer's weights and the moments of its inputs; ``zero`` lies as they do."""
         stored = {t.name: t for t in model.graph.initializer}
         array = require_onnx().numpy_helper.to_array
         codes = np.moveaxis(array(stored[layer.codes]).astype(np.float64), layer.axis, 0)
         weight = codes * as_column(array(stored[layer.scale]).astype(np.float64), codes.ndim)
         values, moments = seen.values, None
         if weight[0].size == values.shape[1] == weight.shape[1]:
-            moments = (values.T.astype(np.float64) @ values) / len(values)
-        return cls(weight, values.mean(axis=0), moments)
+            moments = second_moments(values)
+        zero = None if zero is None else np.moveaxis(zero, layer.axis, 0)
+        return cls(weight, values.mean(axis=0), moments, zero)
 
     def rounded(self, bits: int) -> tuple[npt.NDArray[np.int8], DoubleArray]:
         """Returns the weights as codes of a width, and the scale per channel."""
@@ -141,7 +144,9 @@ class Fit:
         if self.moments is None:
             codes = nearest(flat / scales[:, None], bits)
         else:
-            codes = fed_forward(flat, scales, bits, self.moments)
+            # Code 0 of 8 bits is not enough: small weights of a dense network have it, too.
+            zero = np.zeros(flat.shape, bool) if self.zero is None else self.zero
+            codes = compensated(flat, scales, self.moments, bits, zero.reshape(flat.shape))
             scales = refitted(flat, codes, scales, self.moments)
         return codes.reshape(self.weight.shape).astype(np.int8), scales
 
@@ -158,16 +163,6 @@ class Fit:
 def as_column(values: DoubleArray, ndim: int) -> DoubleArray:
     """Returns one number per output channel in the shape that meets ``ndim`` axes of weights."""
     return values.reshape(-1, *[1] * (ndim - 1))
-
-
-def nearest(value: DoubleArray, bits: int) -> DoubleArray:
-    """Returns the nearest codes of a width, as floats."""
-    if bits == 1:
-        signs: DoubleArray = np.where(value < 0, -1.0, 1.0)
-        return signs
-    allowed = levels(bits)
-    clipped: DoubleArray = np.clip(np.rint(value), allowed[0], allowed[-1])
-    return clipped
 
 
 def fitted_scales(flat: DoubleArray, bits: int, power: DoubleArray | None) -> DoubleArray:
@@ -191,25 +186,6 @@ def fitted_scales(flat: DoubleArray, bits: int, power: DoubleArray | None) -> Do
         error = ((nearest(flat / scale[:, None], bits) * scale[:, None] - flat) ** 2 * by).sum(1)
         best, cost = np.where(error < cost, scale, best), np.minimum(error, cost)
     return best
-
-
-def fed_forward(
-    flat: DoubleArray, scales: DoubleArray, bits: int, moments: DoubleArray
-) -> DoubleArray:
-    """Returns codes, rounded input by input; later inputs make up for what earlier ones lost."""
-    power = np.diag(moments)
-    order = np.argsort(-power)
-    damped = moments[np.ix_(order, order)] + DAMPING * max(power.mean(), 1e-12) * np.eye(len(power))
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    left = flat[:, order].copy()
-    codes = np.zeros_like(left)
-    for j in range(len(order)):
-        codes[:, j] = nearest(left[:, j] / scales, bits)
-        error = (left[:, j] - codes[:, j] * scales) / upper[j, j]
-        left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
-    result = np.empty_like(codes)
-    result[:, order] = codes
-    return result
 
 
 def refitted(

@@ -7,8 +7,6 @@ trained, per channel, as in XNOR-Net (arXiv 1603.05279).
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,25 +16,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.errors import ModelFileError
 from ..models.graph import require_onnx
-from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
 from .bits_graph import levels
-from .calibrate import chosen_photos, read_photos, session
+from .calibrate import chosen_photos
 from .lowbit import LowBitConfig
-from .lowbit_round import Layer, nearest, put_weight
-from .photos import drawn
-from .refine import (
-    PASSES_MAX,
-    RefineConfig,
-    _expect_same,
-    distance,
-    output_distance,
-    stored,
-)
+from .lowbit_round import Layer, put_weight
+from .refine import RefineConfig, distance, imitate, kept_if_nearer, stored
+from .rounding import nearest, zeros_of
 from .torch_graph import TorchGraph
-from .train import RelativeAdam, follow
 
 FEW_BITS: Final = 2
 """Up to here scales follow the weights."""
@@ -176,54 +164,20 @@ def train_lowbit(
     figures = {"distance 8 bits": _short(whole), "distance before": _short(before)}
     if before <= MOVED * whole:
         return model, figures | {"photos": 0}, ("not trained again: few bits changed little",)
-    try:
-        trained = _trained(
-            model, reference, original, spec, others, layers, widths, config, progress
-        )
-    except ModelFileError as error:  # something that training does not know
-        return model, figures | {"photos": 0}, (f"not refined by training: {error}",)
-    after = distance(trained, original, spec, check)
-    more = {"photos": config.refine, "distance after": _short(after), "kept": after < before}
-    return (trained if after < before else model), figures | more, ()
+
+    def train() -> Any:
+        student = LowBitGraph(model, reference, layers, widths)
+        rate = RATE_FEW_BITS if min(widths.values()) <= FEW_BITS else RATE
+        plan = RefineConfig(config.refine, rate=rate, seed=config.seed)
+        signs = {x.real for x in layers if widths[x.name] == 1}  # they have no zero to keep
+        zeros = {n: zero for n, zero in zeros_of(original, model).items() if n not in signs}
+        averaged = imitate(student, original, spec, others, plan, zeros, progress=progress)
+        return stored_lowbit(averaged, model)
+
+    passes = config.refine
+    better, found, notes = kept_if_nearer(model, original, spec, check, passes, train, before)
+    return better, figures | found, notes
 
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _trained(
-    model: Any,
-    reference: Any,
-    original: Any,
-    spec: ModelSpec,
-    photos: Sequence[Path],
-    layers: Sequence[Layer],
-    widths: Mapping[str, int],
-    config: LowBitConfig,
-    progress: Callable[..., Any],
-) -> Any:
-    torch.set_flush_denormal(True)
-    teacher = session(original)
-    feed = teacher.get_inputs()[0].name
-    _expect_same(original, teacher, next(iter(read_photos(photos[:1], spec))))
-    student = LowBitGraph(model, reference, layers, widths).train()
-    averaged = copy.deepcopy(student)
-    rate = RATE_FEW_BITS if min(widths.values()) <= FEW_BITS else RATE
-    plan = RefineConfig(config.refine, rate=rate, seed=config.seed)
-    optimizer = RelativeAdam([p for p in student.parameters() if p.requires_grad], rate)
-    steps = math.ceil(min(plan.photos, PASSES_MAX * len(photos)) / plan.batch)
-    for step in progress(range(steps), total=steps, desc="refine", unit="step"):
-        first, part = step * plan.batch, step / steps
-        images = [drawn(photos, spec, plan.seed, first + i)[1] for i in range(plan.batch)]
-        tensors = [prepare(image, spec)[0] for image in images]
-        for group in optimizer.param_groups:
-            rise = min(1.0, (part + 1 / steps) / plan.warmup)
-            group["rate"] = rate * rise * 0.5 * (1 + math.cos(math.pi * part))
-        goals = [teacher.run(None, {feed: tensor}) for tensor in tensors]
-        wanted = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*goals, strict=True)]
-        loss = output_distance(spec, student(torch.from_numpy(np.concatenate(tensors))), wanted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        follow(averaged, student, plan.ema, step)
-    return stored_lowbit(averaged, model)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,11 @@ from .calibrate import session
 from .distill import bernoulli_divergence
 from .photos import drawn
 from .qdq import Links
+from .rounding import Mask, zeros_of
 from .torch_graph import WEIGHT_CODE_MAX, TorchGraph
 from .train import RelativeAdam, follow
 
+Student = TypeVar("Student", bound=TorchGraph)
 PROBABILITY_MIN = 1e-5
 """Scores are compared as if none were closer to 0 or 1: the rest is rounding."""
 
@@ -85,14 +87,49 @@ def refine(
         ModelFileError: The graph has an operator that training does not know, or not in this form.
         DatasetError: A photo cannot be read.
     """
+    student = TorchGraph(quantized)
+    held = zeros_of(original, quantized)
+    averaged = imitate(student, original, spec, photos, config, held, progress=progress)
+    return stored(averaged, quantized)
+
+
+def imitate(
+    student: Student,
+    original: Any,
+    spec: ModelSpec,
+    photos: Sequence[Path],
+    config: RefineConfig,
+    held: Mapping[str, Mask],
+    *,
+    progress: Callable[..., Any] = tqdm,
+) -> Student:
+    """Trains a graph to give what the float model gives; returns the average over the steps.
+
+    Args:
+        student: What learns, in place.
+        original: The float model, with the same input and outputs.
+        spec: Of both.
+        photos: To learn from, no labels needed.
+        config: How long and how fast.
+        held: Tensor in ``student.trained`` -> which of its numbers stay zero (sparsity).
+        progress: Wraps iterables, as ``tqdm`` does.
+
+    Raises:
+        ModelFileError: The float model does not compute the same in torch.
+        DatasetError: A photo cannot be read.
+    """
     torch.set_flush_denormal(True)
     teacher = session(original)
     feed = teacher.get_inputs()[0].name
     _expect_same(original, teacher, prepare(load_image(photos[0]), spec)[0])
-    student = TorchGraph(quantized).train()
-    held = _zeros(student, quantized, original)
+    student.train()
+    zeros = [
+        (student.values[student.trained[name]], torch.from_numpy(zero))
+        for name, zero in held.items()
+        if name in student.trained
+    ]
     averaged = copy.deepcopy(student)
-    optimizer = RelativeAdam(student.parameters(), config.rate)
+    optimizer = RelativeAdam([p for p in student.parameters() if p.requires_grad], config.rate)
     steps = math.ceil(min(config.photos, PASSES_MAX * len(photos)) / config.batch)
     batches = _batches(photos, spec, config, steps)
     for step, tensors in enumerate(progress(batches, total=steps, desc="refine", unit="step")):
@@ -102,35 +139,54 @@ def refine(
             group["rate"] = config.rate * rise * 0.5 * (1 + math.cos(math.pi * part))
         goals = [teacher.run(None, {feed: tensor}) for tensor in tensors]
         wanted = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*goals, strict=True)]
-        found = student(torch.from_numpy(np.concatenate(tensors)))
-        loss = output_distance(spec, found, wanted)
+        loss = output_distance(spec, student(torch.from_numpy(np.concatenate(tensors))), wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
-            for weight, zero in held:
+            for weight, zero in zeros:
                 weight.masked_fill_(zero, 0)
         follow(averaged, student, config.ema, step)
-    return stored(averaged, quantized)
+    return averaged
 
 
-def _zeros(student: TorchGraph, quantized: Any, original: Any) -> list[tuple[Tensor, Tensor]]:
-    """Returns the weights with zeros in the float model, and where: they stay zero (sparsity)."""
-    numpy_helper = require_onnx().numpy_helper
-    links = Links(original.graph)
-    known = {node.name: node for node in original.graph.node}
-    held = []
-    for node in quantized.graph.node:
-        source = known.get(node.name)
-        if source is None or len(node.input) < 2 or node.input[1] not in student.trained:
-            continue
-        if len(source.input) < 2 or source.input[1] not in links.stored:
-            continue
-        weight = student.values[student.trained[node.input[1]]]
-        zero = torch.from_numpy(numpy_helper.to_array(links.stored[source.input[1]]) == 0)
-        if zero.shape == weight.shape and bool(zero.any()):
-            held.append((weight, zero))
-    return held
+def kept_if_nearer(
+    model: Any,
+    original: Any,
+    spec: ModelSpec,
+    check: Sequence[Path],
+    photos: int,
+    train: Callable[[], Any],
+    before: float | None = None,
+) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    """Trains a quantized model, and keeps the result if it is nearer to the float one.
+
+    Args:
+        model: As it is.
+        original: The float model.
+        spec: Of both.
+        check: Photos to compare on.
+        photos: Photo passes that training takes, for the figures.
+        train: Returns the trained model.
+        before: The ``distance`` of ``model``, where it is known.
+
+    Returns:
+        The better model, figures, and notes; training that does not know something in the graph
+        is a note.
+    """
+    try:
+        trained = train()
+    except ModelFileError as error:
+        return model, {"photos": 0}, (f"not refined by training: {error}",)
+    before = distance(model, original, spec, check) if before is None else before
+    after = distance(trained, original, spec, check)
+    figures = {
+        "photos": photos,
+        "distance before": float(f"{before:.6g}"),
+        "distance after": float(f"{after:.6g}"),
+        "kept": after < before,
+    }
+    return (trained if after < before else model), figures, ()
 
 
 def _expect_same(model: Any, runner: Any, tensor: Any) -> None:
@@ -208,10 +264,6 @@ def output_distance(spec: ModelSpec, found: Sequence[Tensor], wanted: Sequence[T
         size = goal.boxes.std(dim=(0, 1)).clamp_min(1e-6)
         error = ((ours.boxes - goal.boxes) / size).square().mean(2)
     return scores + (error * sure).sum() / total
-
-
-def _logit(scores: Tensor) -> Tensor:
-    return torch.logit(scores.clamp(PROBABILITY_MIN, 1 - PROBABILITY_MIN))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
-from edgesight.compression import source
+from edgesight.compression import lowbit, lowbit_train, source
 from edgesight.compression.compensate import refit_to_original
 from edgesight.compression.photos import calibration_batches
 from edgesight.compression.pipeline import RunResult, run_recipe
@@ -75,6 +76,23 @@ def conv_weights(path: Path) -> list[Any]:
     codes = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
     names = [n.input[1] for n in graph.node if n.op_type == "Conv"]
     return [numpy_helper.to_array(stored[codes.get(name, name)]) for name in names]
+
+
+def unpacked_weights(path: Path) -> list[Any]:
+    """Weights of a file's convolutions as the runtime has them, whatever they are stored as."""
+    model = onnx.load(path)
+    names = [n.input[1] for n in model.graph.node if n.op_type == "Conv"]
+    given = {output.name for output in model.graph.output}
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None)
+        for n in names
+        if n not in given
+    )
+    runner = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+    feeds = {i.name: np.zeros(i.shape, kinds[i.type]) for i in runner.get_inputs()}
+    found: list[Any] = runner.run(names, feeds)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -211,6 +229,28 @@ def test_a_refit_keeps_the_zeros_that_the_network_came_in_with(base: Path) -> No
     for name, weight in weights_of(came.net).items():
         assert not weight[before[name] == 0].any(), name
     assert any((weights_of(came.net)[name] != weight).any() for name, weight in before.items())
+
+
+@pytest.mark.parametrize("passes", [0, 48])
+def test_zeros_stay_in_weights_of_few_bits_and_while_they_are_trained(
+    base: Path, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    monkeypatch.setattr(lowbit, "CODES_MIN", 16)  # the tiny network has no larger layers
+    monkeypatch.setattr(lowbit_train, "RATE", 0.1)  # in a few steps: nearer or not, it is looked at
+    monkeypatch.setattr(
+        lowbit_train, "kept_if_nearer", lambda *given: (given[5](), {"photos": given[4]}, ())
+    )
+    few = {"kind": "quantize", "photos": 6, "weights": 3, "refine": passes}
+    result = run(recipe(base, [SPARSIFY | {"pattern": "2:4"}, few], out=f"few{passes}"))
+    report = figures(result, 2)["few bits"]
+    assert set(report["bits"].values()) == {3}
+    assert report.get("refined", {}).get("photos", 0) == passes
+    floats, rounded = conv_weights(result.float_file), unpacked_weights(result.final)
+    sparse = [w for w in floats if (w == 0).mean() > 0.4]
+    assert len(sparse) > 3
+    for weight in sparse:  # the order of the nodes changes on the way
+        alike = [r for r in rounded if r.shape == weight.shape]
+        assert any(not r[weight == 0].any() for r in alike), weight.shape
 
 
 def test_any_onnx_file_can_be_made_sparse(base: Path) -> None:
