@@ -172,6 +172,7 @@ def best_grid(
     high: float,
     after: Callable[[FloatArray], FloatArray] | None = None,
     weight: Callable[[FloatArray], FloatArray] | None = None,
+    power: int = POWER,
 ) -> Grid:
     """Returns the grid with the least error on a sample.
 
@@ -186,6 +187,7 @@ def best_grid(
         after: The activation that follows; the error is measured behind it, so that a range that
             it flattens gets few codes.
         weight: What the error of each value is multiplied by.
+        power: Of the error in what is lowered.
     """
     sample = values[:: max(1, values.size // SEARCH_MAX)]
     sample = sample[np.isfinite(sample).all(axis=1)]
@@ -197,7 +199,7 @@ def best_grid(
 
     def cost(a: float, b: float) -> float:
         error = ((apply(Grid.over(a, b).round(sample)) - wanted) * by).ravel()
-        return float((np.abs(error) ** POWER).sum())
+        return float((np.abs(error) ** power).sum())
 
     best_a, best_b = low, high
     for shrinks in (COARSE, FINE, FINE):

@@ -157,9 +157,21 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
             name = group[name]
         return name
 
+    clipped: set[str] = set()  # never below zero, because the grid ends there
     for node in model.graph.node:
-        if node.name in nodes and (node.op_type in SAME_GRID_OPS or node.op_type == "Concat"):
-            joined = [n for n in (*links.data_inputs(node), *node.output) if n in group]
+        if node.name not in nodes:
+            continue
+        sources = links.data_inputs(node)
+        own = clipped.intersection(sources)
+        if node.op_type in CLIPPING_OPS:
+            clipped.update(node.output)
+        if node.op_type in SAME_GRID_OPS or node.op_type == "Concat":
+            if len(own) == len(sources):
+                clipped.update(node.output)
+                own = set()
+            # On a grid with others that do fall below zero it would have to be clipped in float,
+            # and the convolution before it computed there: ONNX Runtime concatenates two grids.
+            joined = [n for n in (*sources, *node.output) if n in group and n not in own]
             for other in joined[1:]:
                 group[first(other)] = first(joined[0])
     return Layout(frozenset(nodes), tuple(on_grid), {name: first(name) for name in on_grid})

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from ..models.detections import FloatArray
 from ..models.errors import DatasetError, ModelFileError, RecipeError
-from ..models.graph import require_onnx
 from ..models.spec import ModelSpec
-from .calibrate import Grid, Seen, best_grid, chosen_photos, observe, sigmoid
-from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
+from .calibrate import chosen_photos, observe
+from .calibrators import CALIBRATORS
+from .equalise import silu_gates
 from .fidelity import Fidelity
+from .int8_search import Origin, Search, Variant, first_gates, gates_by_worth, rounded
 from .lean import lean
 from .onnx_io import tidy, write_spec
-from .qdq import CLIPPING_OPS, Layout, Links, insert, is_weighted, plan_layout
-from .rounding import round_weights
-from .sensitivity import Budget, NoiseMeter, first_nodes, noisiest_nodes, scan
+from .qdq import CLIPPING_OPS, Links, is_weighted, plan_layout
+from .sensitivity import Budget, NoiseMeter, Sensitive, first_nodes, noisiest_nodes, scan
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,13 @@ TARGETS: dict[str, Target] = {
 }
 
 
-KnownGrids = dict[tuple[str, ...], Grid]
 CHECK_PHOTOS = 64
 NOISE_PHOTOS = 4
 STRENGTHS = (0.75, 0.6, 0.9)
 FIRST_COUNTS: tuple[int, ...] = (1, 2, 4, 6, 8)
 NOISIEST_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-GAIN_MIN = 0.015
-"""A change that lowers the disagreement by a smaller part of itself is not worth it."""
+GATE_SHARES = (0.1, 0.35, 1.0)
+"""Parts of all that SiLUs compute, through which equalisation is tried."""
 SHOWN = 16
 
 
@@ -67,6 +64,8 @@ class QuantizeConfig:
         float_parameters_max: At most this part of the parameters stays in float, 0..1: it is what
             makes the file larger.
         refine: Photo passes of training after calibration; 0: none.
+        cost_weight: How much a part of the cost counts against the same part of the disagreement
+            with the float model, where variants are compared; 0: not at all.
     """
 
     target: str = "cortex-a76"
@@ -75,6 +74,7 @@ class QuantizeConfig:
     integer_share_min: float = 0.9
     float_parameters_max: float = 0.03
     refine: int = 0
+    cost_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -88,6 +88,7 @@ class QuantizeConfig:
             (0 <= self.integer_share_min <= 1, "integer_share_min", "0..1"),
             (0 <= self.float_parameters_max <= 1, "float_parameters_max", "0..1"),
             (self.refine >= 0, "refine", "at least 0"),
+            (0 <= self.cost_weight <= 10, "cost_weight", "0..10"),
         )
         for fine, key, expected in checks:
             if not fine:
@@ -149,62 +150,64 @@ def quantize(
     clipped = [n.input[0] for n in model.graph.node if n.op_type in CLIPPING_OPS]
     wanted = [*layout.tensors, *clipped]  # these get a grid where what clips them stays in float
     seen = observe(model, wanted, chosen, spec, seed=config.seed, progress=progress)
-    plain = Variant(model, seen, frozenset(), 0.0, exact=exact)
+    origin = Origin(model, seen, exact, layout.group)
+    search = Search(fidelity, config.target, signed, config.cost_weight)
     report: dict[str, Any] = {
         "target": config.target,
         "activations": "int8" if signed else "uint8",
         "photos": len(chosen),
-        "ranges": "least cubic error behind the activation",
         "weights": "per channel, rounding errors fed forward, their mean in the bias",
-        "disagreement": {
-            "photos": len(check),
-            "not equalised": _rounded(plain.measured(fidelity).loss),
-        },
+        "disagreement": search.log,
+        "million instructions": search.costs,
     }
-    labels = label_channels(model, silu_gates(Links(model.graph)))
+    search.measured("not equalised", origin.variant(0))
     budget = Budget(model, 1 - config.integer_share_min, config.float_parameters_max)
-    search = Search(fidelity, report["disagreement"])
+    meter = NoiseMeter(model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec)
 
-    def equalised(strength: float) -> Variant:
-        factor = channel_factors(model, labels, seen, layout.group, strength)
-        scaled = rescale(model, labels, factor)
-        ranges = rescaled_seen(seen, labels, factor, scaled)
-        return Variant(scaled, ranges, frozenset(), strength, exact=exact)
+    def noise_of(variant: Variant) -> list[Sensitive]:
+        left = plan_layout(variant.model, variant.float_nodes)
+        return scan(variant.model, left, variant.grids(left), meter, progress=progress)
 
-    best = search.measured("equalised", equalised(STRENGTHS[0]))
+    best = search.measured("equalised", origin.variant(STRENGTHS[0]))
+    if gates := silu_gates(Links(model.graph)):
+        ordered = gates_by_worth(best.model, {s.group: s.noise for s in noise_of(best)}, layout)
+        for share in progress(GATE_SHARES, desc="through SiLU"):
+            chosen_gates = first_gates(ordered, share)
+            what = f"through {len(chosen_gates)} of {len(gates)} SiLUs"
+            best = search.better(what, best, origin.variant(STRENGTHS[0], chosen_gates))
+    for name in progress(CALIBRATORS, desc="calibrators"):
+        best = search.better(f"ranges: {name}", best, best.with_calibrator(name))
     for count in progress(FIRST_COUNTS, desc="first in float"):
         names = first_nodes(best.model, count, budget)
         best = search.better(f"first {count} in float", best, replace(best, float_nodes=names))
     for strength in progress(STRENGTHS[1:], desc="equalise"):
-        other = replace(equalised(strength), float_nodes=best.float_nodes)
+        other = origin.variant(strength, best.gates).with_calibrator(best.calibrator)
+        other = replace(other, float_nodes=best.float_nodes)
         best = search.better(f"equalised by {strength}", best, other)
     first = best.float_nodes
     if NOISIEST_COUNTS:
-        meter = NoiseMeter(
-            model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec
-        )
-        left = plan_layout(best.model, first)
-        grids = find_grids(best.model, left, best.seen, best.known, exact)
-        sensitive = scan(best.model, left, grids, meter, progress=progress)
-        report["noisiest"] = {s.group: _rounded(s.noise) for s in sensitive[:SHOWN]}
+        sensitive = noise_of(best)
+        report["noisiest"] = {s.group: rounded(s.noise) for s in sensitive[:SHOWN]}
         for count in progress(NOISIEST_COUNTS, desc="noisiest in float"):
             names = noisiest_nodes(sensitive, count, budget, first)
             trial = replace(best, float_nodes=names)
             best = search.better(f"and noisiest {count} in float", best, trial)
+    report["ranges"] = best.calibrator
+    report["through SiLUs"] = len(best.gates)
     report["equalisation"] = best.strength
     report["float"] = {
         "nodes": sorted(best.float_nodes),
-        "conv_macs_share": _rounded(budget.macs_share(best.float_nodes)),
+        "conv_macs_share": rounded(budget.macs_share(best.float_nodes)),
     }
-    report["disagreement"]["final"] = _rounded(best.loss)
-    result = best.inserted(signed)
+    report["disagreement"]["final"] = rounded(best.loss)
+    (result,) = best.inserted(signed)
     notes: tuple[str, ...] = ()
     if config.refine:
         held_out = set(check)
         others = [path for path in photos if path not in held_out]
         refiner = Refiner(model, spec, others or photos, check, config)
         result, report["refined"], notes = refiner.refined(result, progress)
-        report["disagreement"]["final"] = _rounded(fidelity.loss(result))
+        report["disagreement"]["final"] = rounded(fidelity.loss(result))
     write_spec(result, spec)
     return QuantizeResult(result, report, notes)
 
@@ -247,137 +250,3 @@ class Refiner:
             "kept": after < before,
         }
         return (trained if after < before else quantized), figures, ()
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to quantize a model, and how far its boxes are from the original's.
-
-    Attributes:
-        model: The equalised float graph.
-        seen: What its tensors were on photos.
-        float_nodes: Nodes that stay in float.
-        strength: Of the equalisation.
-        loss: Disagreement with the float model, 0..1.
-        known: Grids found so far.
-        exact: Tensor -> the grid that holds its values without error.
-    """
-
-    model: Any
-    seen: dict[str, Seen]
-    float_nodes: frozenset[str]
-    strength: float
-    loss: float = 1.0
-    known: KnownGrids = field(default_factory=dict)
-    exact: Mapping[str, Grid] = field(default_factory=dict)
-
-    def inserted(self, signed: bool) -> Any:
-        """Returns the QDQ graph."""
-        layout = plan_layout(self.model, self.float_nodes)
-        grids = find_grids(self.model, layout, self.seen, self.known, self.exact)
-        fitted, weights = round_weights(self.model, layout, grids, self.seen)
-        return insert(fitted, layout, grids, signed=signed, weights=weights)
-
-    def measured(self, fidelity: Fidelity) -> Variant:
-        """Returns the variant with its loss, which signedness does not change."""
-        return replace(self, loss=fidelity.loss(self.inserted(signed=False)))
-
-
-@dataclass
-class Search:
-    """Tries variants, keeps the better one, and notes what each trial gave.
-
-    Attributes:
-        fidelity: Measures.
-        log: What was tried -> disagreement.
-    """
-
-    fidelity: Fidelity
-    log: dict[str, Any]
-
-    def measured(self, what: str, variant: Variant) -> Variant:
-        """Returns the variant with its loss, and notes it."""
-        variant = variant.measured(self.fidelity)
-        self.log[what] = _rounded(variant.loss)
-        return variant
-
-    def better(self, what: str, best: Variant, other: Variant) -> Variant:
-        """Returns ``other`` if it is clearly better than ``best``."""
-        if other.float_nodes == best.float_nodes and other.strength == best.strength:
-            return best
-        other = self.measured(what, other)
-        return other if other.loss < best.loss * (1 - GAIN_MIN) else best
-
-
-def _rounded(value: float) -> float:
-    return round(value, 4)
-
-
-def find_grids(
-    model: Any,
-    layout: Layout,
-    seen: dict[str, Seen],
-    known: KnownGrids | None = None,
-    exact: Mapping[str, Grid] | None = None,
-) -> dict[str, Grid]:
-    """Returns the best grid of every group of tensors that share one.
-
-    ``known`` keeps what was found, so that a layout that differs a little costs little. ``exact``
-    are grids that need no search.
-    """
-    known = {} if known is None else known
-    links = Links(model.graph)
-    members: dict[str, list[str]] = {}
-    for name in layout.tensors:
-        members.setdefault(layout.group[name], []).append(name)
-    grids: dict[str, Grid] = {}
-    for first, names in members.items():
-        if exact and all(name in exact for name in names):
-            grids[first] = exact[first]
-            continue
-        if tuple(names) in known:
-            grids[first] = known[tuple(names)]
-            continue
-        low = min(float(seen[n].low.min()) for n in names)
-        high = max(float(seen[n].high.max()) for n in names)
-        after = weight = None
-        if len(names) == 1:
-            values = seen[first].values
-            after, weight = effect(links, first)
-        else:
-            values = np.concatenate([seen[n].values.ravel() for n in names])[:, None]
-        grids[first] = known[tuple(names)] = best_grid(values, low, high, after, weight)
-    return grids
-
-
-Function = Callable[[Any], Any]
-
-
-def effect(links: Links, name: str) -> tuple[Function | None, Function | None]:
-    """Returns the activation that all readers of a tensor apply, and the weight of its errors."""
-    readers = links.readers[name]
-    kinds = sorted({r.op_type for r in readers})
-    maker = links.maker.get(name)
-    if kinds == ["LeakyRelu"]:
-        slope = next((a.f for a in readers[0].attribute if a.name == "alpha"), 0.01)
-        return lambda x: np.where(x > 0, x, x * np.float32(slope)), None
-    if kinds == ["Sigmoid"]:
-        factor = gate_factor(links, maker)  # of an equalised SiLU: its product is what counts
-        return sigmoid, (lambda x: x / factor) if factor is not None else None
-    if kinds == ["Mul", "Sigmoid"]:
-        return lambda x: x * sigmoid(x), None
-    if kinds == ["Mul"]:
-        factors = [f for r in readers if (f := gate_factor(links, r)) is not None]
-        if factors:
-            return lambda x: x * sigmoid(x * factors[0]), None
-    return None, None
-
-
-def gate_factor(links: Links, node: Any) -> FloatArray | None:
-    """Returns the factors that an equalised SiLU multiplies its sigmoid's input by."""
-    if node is None or node.op_type != "Mul" or node.input[1] not in links.stored:
-        return None
-    if {r.op_type for r in links.readers[node.output[0]]} != {"Sigmoid"}:
-        return None
-    factor = require_onnx().numpy_helper.to_array(links.stored[node.input[1]])
-    return np.asarray(factor, np.float32).reshape(-1)

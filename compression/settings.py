@@ -237,6 +237,8 @@ class QuantizeStep(Strict):
             0: none.
         weights: Bits of the weights. Fewer than 8 make a smaller file, not a faster one.
         bytes_max: Size of the file, at most; each layer's bits are chosen by what they harm.
+        cost_weight: What stays in float, and what else, lowers the disagreement with the float
+            model times the core's instructions to this power; 0: at any cost.
     """
 
     kind: Literal["quantize"]
@@ -245,6 +247,7 @@ class QuantizeStep(Strict):
     refine: int = Field(0, ge=0)
     weights: Literal[8, 7, 6, 5, 4, 3, 2, 1] = 8
     bytes_max: int | None = Field(None, ge=1)
+    cost_weight: float = Field(1.0, ge=0, le=10)
 
     @model_validator(mode="after")
     def _one_size(self) -> QuantizeStep:

@@ -47,6 +47,7 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
         seed=job.seed,
         integer_share_min=config.integer_share_min,
         refine=config.refine,
+        cost_weight=config.cost_weight,
     )
     photos, bars = job.photos.train_paths, _progress(job.progress)
     result = quantize(model, spec, photos, settings, progress=bars)

@@ -123,18 +123,32 @@ OPERATORS: Final[dict[str, tuple[float, float]]] = {
     "Concat": (7000, 0.51),
     "DequantizeLinear": (6000, 1.37),
     "Gather": (10000, 0.49),
+    "LeakyRelu": (5000, 2.53),
+    "MaxPool": (5000, 22.4),
+    "Mul": (6000, 1.65),
     "QLinearAdd": (16000, 2.84),
+    "QLinearConcat": (7000, 0.45),
     "QLinearLeakyRelu": (9000, 4.0),
+    "QLinearMaxPool": (5000, 8.65),
+    "QLinearMul": (16000, 2.87),
+    "QLinearResize": (5000, 18.4),
+    "QLinearSigmoid": (9000, 4.02),
     "QuantizeLinear": (5000, 2.75),
     "QuickGelu": (3000, 10.0),
     "Reshape": (4000, 0.0),
+    "Resize": (5000, 1.9),
     "Sigmoid": (3000, 8.0),
     "Split": (10000, 0.5),
     "Transpose": (5000, 0.71),
 }
 """Other operators of the optimised graphs of detectors, the same on both cores: instructions per
 call, and per number of the output. A float SiLU is a QuickGelu; an integer LeakyReLU is an operator
-of its own, while a ReLU costs nothing there: it is in the convolution's rounding."""
+of its own, while a ReLU costs nothing there: it is in the convolution's rounding. Poolings are of
+3x3 cells, and channels come last in the integer one (``NhwcMaxPool``); the
+integer Resize to the nearest cell takes ten times what it takes in float."""
+
+CHANNELWISE: Final = 188
+"""An integer Mul by one factor per channel begins anew at every cell: so many more for each."""
 
 
 def conv_instructions(

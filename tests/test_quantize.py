@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from edgesight.compression import quantize as module
+from edgesight.compression import int8_search
 from edgesight.compression.calibrate import Grid, best_grid
 from edgesight.compression.equalise import (
     label_channels,
@@ -242,7 +242,7 @@ def test_same_seed_gives_the_same_file(photos: list[Path]) -> None:
 def test_integer_share_bounds_what_may_stay_float(
     photos: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "GAIN_MIN", -1.0)  # every trial counts as a gain
+    monkeypatch.setattr(int8_search, "GAIN_MIN", -100.0)  # every trial counts as a gain
     config = QuantizeConfig(target="x86-64", photos_max=6, integer_share_min=0.8)
     result = quantize(detector(), SPEC, photos, config, progress=quiet)
     kept = result.report["float"]

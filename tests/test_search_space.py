@@ -13,7 +13,12 @@ import optuna
 import pytest
 from edgesight.compression import price as price_module
 from edgesight.compression import settings, space
-from edgesight.compression.price import graph_print, predicted_instructions, price_for
+from edgesight.compression.price import (
+    graph_print,
+    predicted_convs,
+    predicted_instructions,
+    price_for,
+)
 from edgesight.compression.space import (
     KNOBS,
     SHARES,
@@ -27,7 +32,7 @@ from edgesight.compression.space import (
     sizes_near,
 )
 from edgesight.compression.steps import STEPS
-from edgesight.models.core_costs import conv_instructions
+from edgesight.models.core_costs import OPERATORS, conv_instructions
 from edgesight.models.errors import RecipeError
 from edgesight.models.graph import load_model
 from onnx import helper, numpy_helper
@@ -196,7 +201,19 @@ def conv_model(channels: int = 32, seed: int = 0, quantized: bool = False, zero:
 @pytest.mark.parametrize("core", ["cortex-a76", "cortex-a72"])
 def test_predicted_costs_are_the_tables(model: Any, kind: str, core: str) -> None:
     wanted = conv_instructions(core, kind, 16, 32, (1, 1), 1, 400)
-    assert predicted_instructions(model, core) == pytest.approx(wanted)
+    assert predicted_convs(model, core) == pytest.approx(wanted)
+    ends = (
+        0
+        if kind == "float"
+        else sum(
+            call + each * 400 * channels
+            for (call, each), channels in (
+                (OPERATORS["QuantizeLinear"], 16),
+                (OPERATORS["DequantizeLinear"], 32),
+            )
+        )
+    )
+    assert predicted_instructions(model, core) == pytest.approx(wanted + ends)
 
 
 def test_predicted_costs_add_up_over_a_real_detector() -> None:

@@ -1,0 +1,213 @@
+"""How the INT8 search judges: ranges, SiLUs that are equalised through, disagreement times cost."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from edgesight.compression.calibrate import Grid
+from edgesight.compression.calibrators import CALIBRATORS
+from edgesight.compression.int8_search import Search, Variant, first_gates, gates_by_worth
+from edgesight.compression.onnx_io import tidy
+from edgesight.compression.price import predicted_others
+from edgesight.compression.qdq import insert, plan_layout
+from edgesight.compression.quantize import QuantizeConfig, quantize
+from edgesight.models.core_costs import CHANNELWISE, OPERATORS
+from onnx import TensorProto, helper
+
+graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
+SIZE, SPEC, GraphBuilder = graphs.SIZE, graphs.SPEC, graphs.GraphBuilder
+
+
+def quiet(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return items
+
+
+def bell(wild: float = 0.0) -> Any:
+    """A hundred thousand normal values, and one that is not."""
+    values = np.random.default_rng(0).normal(0, 1, 100_000).astype(np.float32)
+    if wild:
+        values[500] = wild
+    return values[:, None]
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_every_calibrator_rounds_a_bell_well(name: str) -> None:
+    values = bell()
+    grid = CALIBRATORS[name](values, float(values.min()), float(values.max()), None, None)
+    error = grid.round(values) - values
+    assert grid.low < 0 < grid.high
+    assert float((error**2).mean()) < 3e-3
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_one_wild_value_does_not_take_the_codes_but_from_least_to_greatest(name: str) -> None:
+    values = bell(1000.0)
+    grid = CALIBRATORS[name](values, float(values.min()), 1000.0, None, None)
+    assert (grid.high > 900) == (name == "least to greatest")
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_what_is_never_below_zero_wastes_no_codes(name: str) -> None:
+    values = np.maximum(bell(), 0)
+    grid = CALIBRATORS[name](values, 0.0, float(values.max()), None, None)
+    assert grid.zero_point == 0
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_a_tensor_of_zeros_and_broken_numbers_gives_a_grid(name: str) -> None:
+    empty = CALIBRATORS[name](np.zeros((50, 2), np.float32), 0.0, 0.0, None, None)
+    assert empty.scale > 0
+    broken = bell()
+    broken[7] = np.inf
+    grid = CALIBRATORS[name](broken, float(bell().min()), np.inf, None, None)
+    assert np.isfinite(grid.scale)
+    assert grid.high < 100
+
+
+def graph_of(build: Any, end: str, shape: list[int]) -> Any:
+    """A model of ``GraphBuilder``'s nodes; reads ``x``, 8 channels of 16x16."""
+    output = build.add("Neg", [end])  # the head's tail: it stays in float
+    graph = helper.make_graph(
+        build.nodes,
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 16, 16])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
+        build.stored,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def quantized(model: Any, low: float = -4.0) -> Any:
+    layout = plan_layout(model)
+    grids = {}
+    for name in layout.tensors:
+        maker = next((n for n in model.graph.node if name in n.output), None)
+        positive = maker is not None and maker.op_type == "Relu"
+        grids[layout.group[name]] = Grid.over(0.0 if positive else low, 4.0)
+    return insert(model, layout, grids, signed=False)
+
+
+def test_a_relu_beside_a_leaky_relu_leaves_both_convolutions_integer(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    build = GraphBuilder()
+    left = build.add("Relu", [build.conv("x", (8, 8), 3)])
+    right = build.add("LeakyRelu", [build.conv("x", (8, 8), 3)], alpha=0.1)
+    joined = build.add("Concat", [left, right], axis=1)
+    end = build.conv(joined, (16, 8))
+    model = graph_of(build, end, [1, 8, 16, 16])
+    layout = plan_layout(model)
+    assert layout.group[left] != layout.group[joined], "a grid below zero would undo the ReLU"
+    assert layout.group[right] == layout.group[joined]
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    runner = ort.InferenceSession(
+        quantized(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 3
+    assert not {"Conv", "FusedConv", "Relu"} & set(kinds)
+    x = np.random.default_rng(1).normal(0, 1, (1, 8, 16, 16)).astype(np.float32)
+    plain = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted, got = plain.run(None, {"x": x})[0], runner.run(None, {"x": x})[0]
+    assert np.corrcoef(wanted.ravel(), got.ravel())[0, 1] > 0.99
+
+
+def test_relus_that_are_joined_share_a_grid() -> None:
+    build = GraphBuilder()
+    parts = [build.add("Relu", [build.conv("x", (8, 8), 3)]) for _ in range(2)]
+    joined = build.add("Concat", parts, axis=1)
+    end = build.conv(joined, (16, 8))
+    layout = plan_layout(graph_of(build, end, [1, 8, 16, 16]))
+    assert len({layout.group[name] for name in (*parts, joined)}) == 1
+
+
+def silu_graph() -> Any:
+    build = GraphBuilder()
+    first = build.silu(build.conv("x", (8, 16), 3))
+    end = build.conv(build.silu(build.conv(first, (16, 16), 3, stride=2)), (16, 8))
+    return tidy(graph_of(build, end, [1, 8, 8, 8]))
+
+
+def test_silus_are_ordered_by_noise_per_number_and_taken_from_the_front() -> None:
+    model = silu_graph()
+    layout = plan_layout(model)
+    gates = [n for n in model.graph.node if n.op_type == "Sigmoid"]
+    sources = [layout.group[g.input[0]] for g in gates]
+    # The first is four times as large: with twice the noise it is still worth less.
+    ordered = gates_by_worth(model, {sources[0]: 2.0, sources[1]: 1.0}, layout)
+    assert ordered == [(gates[1].name, 16 * 64), (gates[0].name, 16 * 256)]
+    assert first_gates(ordered, 0.1) == frozenset()
+    assert first_gates(ordered, 0.2) == {gates[1].name}
+    assert first_gates(ordered, 1.0) == {g.name for g in gates}
+
+
+def test_operators_between_quantizers_cost_what_integers_cost() -> None:
+    model = silu_graph()
+    sizes = np.array([16 * 256, 16 * 64])
+
+    def cost(kind: str, numbers: Any) -> float:
+        call, each = OPERATORS[kind]
+        return float(np.sum(call + each * numbers))
+
+    ends = cost("QuantizeLinear", np.array([8 * 256]))
+    ends += cost("DequantizeLinear", np.array([8 * 64]))
+    inside = cost("QLinearSigmoid", sizes) + cost("QLinearMul", sizes)
+    assert predicted_others(quantized(model)) == pytest.approx(ends + inside)
+    assert predicted_others(model) == pytest.approx(cost("Sigmoid", sizes) + cost("Mul", sizes))
+
+
+def test_a_factor_per_channel_begins_anew_at_every_cell() -> None:
+    build = GraphBuilder()
+    factor = build.store("f", np.full((1, 16, 1, 1), 0.5, np.float32))
+    middle = build.add("Mul", [build.conv("x", (8, 16), 3), factor])
+    end = build.conv(middle, (16, 8))
+    model = graph_of(build, end, [1, 8, 16, 16])
+    call, each = OPERATORS["QLinearMul"]
+    ends = sum(
+        OPERATORS[k][0] + OPERATORS[k][1] * 8 * 256 for k in ("QuantizeLinear", "DequantizeLinear")
+    )
+    wanted = ends + call + each * 16 * 256 + CHANNELWISE * 256
+    assert predicted_others(quantized(model)) == pytest.approx(wanted)
+
+
+def searched(weight: float) -> Search:
+    return Search(None, "cortex-a76", True, weight)  # type: ignore[arg-type]
+
+
+def test_disagreement_and_cost_weigh_alike_unless_told_otherwise() -> None:
+    def variant(loss: float, cost: float) -> Variant:
+        return Variant(None, None, {}, loss=loss, cost=cost)  # type: ignore[arg-type]
+
+    cheap, close = variant(0.3, 100.0), variant(0.2, 160.0)
+    assert searched(1).score(cheap) < searched(1).score(close)
+    assert searched(0).score(cheap) > searched(0).score(close)
+    assert searched(1).score(variant(0.0, 100.0)) > 0, "cost counts where nothing is lost, too"
+
+
+def test_the_report_says_what_each_trial_cost_and_which_ranges_won(tmp_path: Path) -> None:
+    photos = []
+    for number in range(4):
+        image = np.random.default_rng(number).integers(0, 256, (80, 96, 3), dtype=np.uint8)
+        photos.append(tmp_path / f"{number}.png")
+        cv2.imwrite(str(photos[-1]), image)
+    dear = {}
+    for core in ("cortex-a76", "x86-64"):
+        config = QuantizeConfig(target=core, photos_max=4)
+        report = quantize(graphs.detector("silu"), SPEC, photos, config, progress=quiet).report
+        assert report["ranges"] in CALIBRATORS
+        tried = set(report["disagreement"]) - {"final"}
+        assert {f"ranges: {name}" for name in CALIBRATORS if name != "least cubic error"} <= tried
+        assert any(name.startswith("through ") for name in tried)
+        dear[core] = report["million instructions"]
+    assert set(dear["cortex-a76"]) == tried
+    assert all(cost > 0 for cost in dear["cortex-a76"].values())
+    assert dear["x86-64"] == {}, "no table, no figure"
