@@ -16,6 +16,7 @@ import pytest
 from edgesight.compression.calibrate import Grid
 from edgesight.compression.lean import fold_normalisation, lean, merge_focus, pool_first
 from edgesight.compression.onnx_io import fold_preprocess, tidy
+from edgesight.models.graph import copied
 from edgesight.models.spec import ModelSpec
 from onnx import TensorProto, helper, numpy_helper
 
@@ -71,8 +72,7 @@ def test_focus_becomes_one_convolution_that_computes_the_same(
     kernel: int, corners: Sequence[tuple[int, int]]
 ) -> None:
     model = focus_net(kernel, corners)
-    merged = onnx.ModelProto()
-    merged.CopyFrom(model)
+    merged = copied(model)
     assert merge_focus(merged) == 1
     onnx.checker.check_model(merged)
     assert [n.op_type for n in merged.graph.node] == ["Conv"]
@@ -84,8 +84,7 @@ def test_each_focus_of_a_graph_becomes_a_convolution() -> None:
     model, other = focus_net(3), onnx.compose.add_prefix(focus_net(1, CORNERS[::-1]), "other_")
     for field in ("node", "initializer", "input", "output"):
         getattr(model.graph, field).extend(getattr(other.graph, field))
-    merged = onnx.ModelProto()
-    merged.CopyFrom(model)
+    merged = copied(model)
     assert merge_focus(merged) == 2
     onnx.checker.check_model(merged)
     assert [n.op_type for n in merged.graph.node] == ["Conv", "Conv"]
@@ -169,8 +168,7 @@ def test_a_front_that_is_not_ours_is_left_alone() -> None:
 
 
 def exposed(model: Any) -> Any:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     first = next(n for n in model.graph.node if n.op_type == "Conv")
     copy.graph.output.append(helper.make_empty_tensor_value_info(first.output[0]))
     return copy

@@ -37,7 +37,7 @@ from edgesight.compression.recipe import make_recipe
 from edgesight.compression.refine import distance
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import DatasetError, ModelFileError, RecipeError
-from edgesight.models.graph import integer_share, load_model, node_macs, parameters
+from edgesight.models.graph import copied, integer_share, load_model, node_macs, parameters
 from edgesight.models.preprocess import prepare
 from edgesight.models.zoo import shipped_float
 
@@ -83,8 +83,7 @@ def whole(pictures: list[Path], model: Any) -> Any:
 
 def with_random_codes(model: Any, bits: int) -> tuple[Any, dict[str, int]]:
     """Puts random codes of a width into all convolutions of a QDQ model."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     rng = np.random.default_rng(bits)
     widths = {layer.codes: bits for layer in find_layers(result)}
     for tensor in result.graph.initializer:

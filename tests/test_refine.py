@@ -27,7 +27,7 @@ from edgesight.compression.refine import (
 from edgesight.compression.torch_graph import TorchGraph
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import ModelFileError
-from edgesight.models.graph import load_model
+from edgesight.models.graph import copied, load_model
 from edgesight.models.preprocess import prepare
 from edgesight.models.spec import ModelSpec
 
@@ -94,8 +94,7 @@ def test_what_made_it_worse_is_not_kept(
     photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoilt(quantized: Any, *_: Any, **__: Any) -> Any:
-        worse = onnx.ModelProto()
-        worse.CopyFrom(quantized)
+        worse = copied(quantized)
         for tensor in worse.graph.initializer:
             codes = onnx.numpy_helper.to_array(tensor)
             if codes.dtype == np.int8 and codes.ndim == 4:
