@@ -16,7 +16,7 @@ from .calibrators import CALIBRATORS, USUAL, Function
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
 from .fidelity import Fidelity
 from .price import predicted_instructions
-from .qdq import Layout, Links, insert, plan_layout
+from .qdq import SAME_GRID_OPS, Layout, Links, insert, plan_layout
 from .rounding import round_weights
 
 GAIN_MIN: Final = 0.015
@@ -203,7 +203,7 @@ def find_grids(
     """Returns the best grid of every group of tensors that share one.
 
     ``known`` keeps what was found, so that a layout that differs a little costs little. ``exact``
-    are grids that need no search.
+    are grids that need no search. What counts is what the group's last tensors hold.
     """
     fit = CALIBRATORS[calibrator]
     known = {} if known is None else known
@@ -219,17 +219,30 @@ def find_grids(
         if tuple(names) in known:
             grids[first] = known[tuple(names)]
             continue
-        low = min(float(seen[n].low.min()) for n in names)
-        high = max(float(seen[n].high.max()) for n in names)
+        ends = [name for name in names if not _only_moved(name, links, names)]
+        low = min(float(seen[n].low.min()) for n in ends)
+        high = max(float(seen[n].high.max()) for n in ends)
         after: Function = None
         weight: Function = None
-        if len(names) == 1:
-            values = seen[first].values
-            after, weight = effect(links, first)
+        if len(ends) == 1:
+            values = seen[ends[0]].values
+            after, weight = effect(links, ends[0])
         else:
-            values = np.concatenate([seen[n].values.ravel() for n in names])[:, None]
+            values = np.concatenate([seen[n].values.ravel() for n in ends])[:, None]
         grids[first] = known[tuple(names)] = fit(values, low, high, after, weight)
     return grids
+
+
+def _only_moved(name: str, links: Links, names: Sequence[str]) -> bool:
+    """Whether all readers of a tensor pass its values on to others of its group, unchanged.
+
+    What a pooling drops on the way needs no code of the grid.
+    """
+    readers = links.readers[name]
+    moving = (*SAME_GRID_OPS, "Concat")
+    return bool(readers) and all(
+        r.op_type in moving and all(out in names for out in r.output) for r in readers
+    )
 
 
 def effect(links: Links, name: str) -> tuple[Function, Function]:

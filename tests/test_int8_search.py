@@ -12,9 +12,15 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from edgesight.compression.calibrate import Grid
+from edgesight.compression.calibrate import Grid, Seen
 from edgesight.compression.calibrators import CALIBRATORS
-from edgesight.compression.int8_search import Search, Variant, first_gates, gates_by_worth
+from edgesight.compression.int8_search import (
+    Search,
+    Variant,
+    find_grids,
+    first_gates,
+    gates_by_worth,
+)
 from edgesight.compression.onnx_io import tidy
 from edgesight.compression.price import predicted_others
 from edgesight.compression.qdq import insert, plan_layout
@@ -211,3 +217,22 @@ def test_the_report_says_what_each_trial_cost_and_which_ranges_won(tmp_path: Pat
     assert set(dear["cortex-a76"]) == tried
     assert all(cost > 0 for cost in dear["cortex-a76"].values())
     assert dear["x86-64"] == {}, "no table, no figure"
+
+
+def test_what_a_pooling_drops_needs_no_code() -> None:
+    build = GraphBuilder()
+    before = build.conv("x", (8, 8), 3)
+    after = build.add("MaxPool", [before], kernel_shape=[2, 2], strides=[2, 2])
+    end = build.conv(build.add("LeakyRelu", [after], alpha=0.1), (8, 8))
+    model = graph_of(build, end, [1, 8, 8, 8])
+    layout = plan_layout(model)
+    assert layout.group[before] == layout.group[after]
+    flat = np.float32(bell().reshape(-1, 8)[:1000])
+    seen = {
+        name: Seen(values.min(axis=0), values.max(axis=0), values)
+        for name in layout.tensors
+        for values in [flat - 50 * (flat < -1) if name == before else flat]
+    }
+    grid = find_grids(model, layout, seen)[layout.group[before]]
+    assert -6 < grid.low < 0
+    assert 3 < grid.high < 6
