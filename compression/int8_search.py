@@ -16,7 +16,7 @@ from .calibrators import CALIBRATORS, USUAL, Function
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
 from .fidelity import Fidelity
 from .price import predicted_instructions
-from .qdq import SAME_GRID_OPS, Layout, Links, insert, plan_layout
+from .qdq import Layout, Links, insert, plan_layout
 from .rounding import round_weights
 
 GAIN_MIN: Final = 0.015
@@ -203,7 +203,7 @@ def find_grids(
     """Returns the best grid of every group of tensors that share one.
 
     ``known`` keeps what was found, so that a layout that differs a little costs little. ``exact``
-    are grids that need no search. What counts is what the group's last tensors hold.
+    are grids that need no search.
     """
     fit = CALIBRATORS[calibrator]
     known = {} if known is None else known
@@ -219,7 +219,7 @@ def find_grids(
         if tuple(names) in known:
             grids[first] = known[tuple(names)]
             continue
-        ends = [name for name in names if not _only_moved(name, links, names)]
+        ends = [name for name in names if not _only_pooled(name, links, names)]
         low = min(float(seen[n].low.min()) for n in ends)
         high = max(float(seen[n].high.max()) for n in ends)
         after: Function = None
@@ -233,16 +233,13 @@ def find_grids(
     return grids
 
 
-def _only_moved(name: str, links: Links, names: Sequence[str]) -> bool:
-    """Whether all readers of a tensor pass its values on to others of its group, unchanged.
+def _only_pooled(name: str, links: Links, names: Sequence[str]) -> bool:
+    """Whether all that becomes of a tensor are maxima in its own group.
 
-    What a pooling drops on the way needs no code of the grid.
+    What a pooling drops needs no code of the grid.
     """
     readers = links.readers[name]
-    moving = (*SAME_GRID_OPS, "Concat")
-    return bool(readers) and all(
-        r.op_type in moving and all(out in names for out in r.output) for r in readers
-    )
+    return bool(readers) and all(r.op_type == "MaxPool" and r.output[0] in names for r in readers)
 
 
 def effect(links: Links, name: str) -> tuple[Function, Function]:

@@ -160,7 +160,7 @@ def quantize(
         "disagreement": search.log,
         "million instructions": search.costs,
     }
-    search.measured("not equalised", origin.variant(0))
+    plain = search.measured("not equalised", origin.variant(0))
     budget = Budget(model, 1 - config.integer_share_min, config.float_parameters_max)
     meter = NoiseMeter(model, chosen[:: max(1, len(chosen) // NOISE_PHOTOS)][:NOISE_PHOTOS], spec)
 
@@ -175,6 +175,8 @@ def quantize(
             chosen_gates = first_gates(ordered, share)
             what = f"through {len(chosen_gates)} of {len(gates)} SiLUs"
             best = search.better(what, best, origin.variant(STRENGTHS[0], chosen_gates))
+    if search.score(plain) < search.score(best):
+        best = plain
     for name in progress(CALIBRATORS, desc="calibrators"):
         best = search.better(f"ranges: {name}", best, best.with_calibrator(name))
     for count in progress(FIRST_COUNTS, desc="first in float"):
@@ -203,50 +205,15 @@ def quantize(
     (result,) = best.inserted(signed)
     notes: tuple[str, ...] = ()
     if config.refine:
+        from .refine import RefineConfig, kept_if_nearer, refine  # torch: not needed without
+
         held_out = set(check)
-        others = [path for path in photos if path not in held_out]
-        refiner = Refiner(model, spec, others or photos, check, config)
-        result, report["refined"], notes = refiner.refined(result, progress)
+        others = [path for path in photos if path not in held_out] or photos
+        settings, before = RefineConfig(photos=config.refine, seed=config.seed), result
+        result, report["refined"], notes = kept_if_nearer(
+            *(before, model, spec, check, config.refine),
+            train=lambda: refine(before, model, spec, others, settings, progress=progress),
+        )
         report["disagreement"]["final"] = rounded(fidelity.loss(result))
     write_spec(result, spec)
     return QuantizeResult(result, report, notes)
-
-
-@dataclass(frozen=True)
-class Refiner:
-    """Trains a quantized model, and keeps the result if it is nearer to the float one.
-
-    Attributes:
-        model: The float graph.
-        spec: Of both.
-        photos: To learn from.
-        check: To compare on; others, where there are enough.
-        config: How long.
-    """
-
-    model: Any
-    spec: ModelSpec
-    photos: Sequence[Path]
-    check: Sequence[Path]
-    config: QuantizeConfig
-
-    def refined(
-        self, quantized: Any, progress: Callable[..., Any]
-    ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
-        """Returns the better model, figures, and notes."""
-        from .refine import RefineConfig, distance, refine  # torch: not needed without
-
-        settings = RefineConfig(photos=self.config.refine, seed=self.config.seed)
-        model, spec = self.model, self.spec
-        try:
-            trained = refine(quantized, model, spec, self.photos, settings, progress=progress)
-        except ModelFileError as error:  # something that training does not know
-            return quantized, {"photos": 0}, (f"not refined by training: {error}",)
-        before, after = (distance(m, model, spec, self.check) for m in (quantized, trained))
-        figures = {
-            "photos": self.config.refine,
-            "distance before": float(f"{before:.6g}"),
-            "distance after": float(f"{after:.6g}"),
-            "kept": after < before,
-        }
-        return (trained if after < before else quantized), figures, ()

@@ -75,7 +75,7 @@ def test_what_is_not_trained_is_written_back_as_it_was(photos: list[Path]) -> No
 def test_refining_brings_the_int8_model_nearer(photos: list[Path]) -> None:
     model = tidy(detector("leaky", uneven=0.7))
     small = quantize(model, SPEC, photos, QuantizeConfig(photos_max=8), progress=quiet).model
-    config = RefineConfig(photos=160, batch=4, rate=2e-3)
+    config = RefineConfig(photos=640, batch=4, rate=2e-3)
     better = refine(small, model, SPEC, photos, config, progress=quiet)
     assert distance(better, model, SPEC, photos) < 0.9 * distance(small, model, SPEC, photos)
     codes = {t.name for t in small.graph.initializer}
