@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import ModelFileError
-from ..models.graph import node_macs, opset_of, require_onnx
+from ..models.graph import attributes, node_macs, opset_of, require_onnx
 from .traced import LAYER_OPS, QUANTIZERS, Traced, behind_activation
 
 
@@ -289,7 +289,7 @@ def _kind(node: Any, weight: tuple[int, ...], source: tuple[int, ...]) -> str:
     if "Conv" not in plain:
         return "linear"
     size = "x".join(str(n) for n in weight[2:])
-    group = next((int(a.i) for a in node.attribute if a.name == "group"), 1)
+    group = attributes(node).get("group", 1)
     if plain == "ConvTranspose":
         size = f"transposed {size}"
     if group == 1:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..models.dataset import load_image
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx
+from ..models.graph import copied, require_onnx
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
 
@@ -107,8 +107,7 @@ def session(model: Any, outputs: Sequence[str] = (), *, optimise: bool = True) -
     """Opens a model in ONNX Runtime; further tensors of it become outputs."""
     onnx = require_onnx()
     if outputs:
-        extended = onnx.ModelProto()
-        extended.CopyFrom(model)
+        extended = copied(model)
         own = {o.name for o in extended.graph.output}
         extended.graph.output.extend(
             onnx.helper.make_empty_tensor_value_info(name) for name in outputs if name not in own

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx, tensor_shapes
+from ..models.graph import attributes, copied, require_onnx, set_nodes, tensor_shapes
 from .calibrate import Seen
 from .qdq import FACTOR_STEP, Links, body_nodes, is_weighted
 
@@ -159,10 +159,10 @@ def label_channels(model: Any, open_gates: Collection[str] = ()) -> ChannelLabel
         elif node.op_type in RESHAPING_OPS and shape and 0 not in shape:
             full[out] = _moved(node, labels(data[0]), shape)
         elif node.op_type == "Concat":
-            axis = next(a.i for a in node.attribute if a.name == "axis")
+            axis = attributes(node)["axis"]
             full[out] = np.concatenate([labels(n) for n in node.input], axis=axis)
         elif node.op_type == "Split":
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            axis = attributes(node).get("axis", 0)
             ends = np.cumsum([shapes[n][axis] for n in node.output])[:-1]
             for name, part in zip(node.output, np.split(labels(data[0]), ends, axis), strict=True):
                 full[name] = part
@@ -202,8 +202,7 @@ def _keeps_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
 def _moved(node: Any, labels: Labels, shape: tuple[int, ...]) -> Labels:
     if node.op_type != "Transpose":
         return labels.reshape(shape)
-    order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-    return labels.transpose(order)
+    return labels.transpose(attributes(node).get("perm"))
 
 
 def rescale(model: Any, labels: ChannelLabels, factor: FloatArray) -> Any:
@@ -216,8 +215,7 @@ def rescale(model: Any, labels: ChannelLabels, factor: FloatArray) -> Any:
     """
     onnx = require_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     links = Links(model.graph)
     shapes = tensor_shapes(model)
@@ -251,13 +249,8 @@ def rescale(model: Any, labels: ChannelLabels, factor: FloatArray) -> Any:
                         renamed[name] = back(name, f"{name}{BACK}") or name
                     node.input[index] = renamed[name]
         nodes.append(node)
-    used = {name for node in nodes for name in node.input}
-    kept = [t for t in graph.initializer if t.name in used]
-    new = [numpy_helper.from_array(value, name) for name, value in changed.items()]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *new])
-    del graph.node[:]
-    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in changed.items())
+    set_nodes(graph, nodes)
     return result
 
 

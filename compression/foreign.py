@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..models.errors import MissingExtraError, ModelFileError
-from ..models.graph import opset_of, require_onnx
+from ..models.graph import copied, opset_of, require_onnx
 from ..models.nets.common import DetectorNet
 from ..models.spec import ModelSpec
 from .arrange import Arrangement, arrange
@@ -144,8 +144,7 @@ def reattach_tail(net: ForeignNet, body: Any) -> Any:
     names = {o.name: m for o, m in zip(body.graph.output, net.map_names, strict=True)}
     used = {n for node in tail.graph.node for n in (*node.input, *node.output)} | {""}
     names.update({i.name: f"{i.name}_in" if i.name in used else i.name for i in body.graph.input})
-    result = onnx.ModelProto()
-    result.CopyFrom(body)
+    result = copied(body)
     graph = result.graph
 
     def renamed(name: str) -> str:

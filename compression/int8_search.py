@@ -10,7 +10,7 @@ import numpy as np
 
 from ..models.core_costs import CORES
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx, tensor_shapes
+from ..models.graph import attributes, require_onnx, tensor_shapes
 from .calibrate import Grid, Seen, sigmoid
 from .calibrators import CALIBRATORS, USUAL, Function
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
@@ -248,7 +248,7 @@ def effect(links: Links, name: str) -> tuple[Function, Function]:
     kinds = sorted({r.op_type for r in readers})
     maker = links.maker.get(name)
     if kinds == ["LeakyRelu"]:
-        slope = next((a.f for a in readers[0].attribute if a.name == "alpha"), 0.01)
+        slope = attributes(readers[0]).get("alpha", 0.01)
         return lambda x: np.where(x > 0, x, x * np.float32(slope)), None
     if kinds == ["Sigmoid"]:
         factor = gate_factor(links, maker)  # of an equalised SiLU: its product is what counts

@@ -19,7 +19,7 @@ from ..models.detector import decode
 from ..models.errors import DatasetError
 from ..models.evaluate import SCORE_MIN_AP, evaluate_detections
 from ..models.files import is_file, sha256, write_json
-from ..models.graph import opset_of, require_onnx
+from ..models.graph import copied, opset_of, require_onnx
 from ..models.metrics import PER_PHOTO_MAX
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
@@ -181,8 +181,7 @@ class Variants:
     def _with(self, node: Any, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None) -> Any:
         """Returns a copy in which one node reads other parameters; who shares them does not."""
         onnx = require_onnx()
-        variant = onnx.ModelProto()
-        variant.CopyFrom(self.traced.model)
+        variant = copied(self.traced.model)
         copy = next(n for n in variant.graph.node if n.output[0] == node.output[0])
         places = LAYER_OPS[node.op_type][1]
         for place, value in ((places[0], weight), (2, bias)):

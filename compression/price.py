@@ -12,7 +12,7 @@ import numpy as np
 
 from ..models.core_costs import CHANNELWISE, CORES, OPERATORS, conv_instructions
 from ..models.errors import EdgeSightError, ModelFileError, RecipeError
-from ..models.graph import MAC_OPS, initializers, load_model, node_macs, tensor_shapes
+from ..models.graph import MAC_OPS, attributes, initializers, load_model, node_macs, tensor_shapes
 from .qdq import CLIPPING_OPS, Links, truncates
 
 QUANTIZE: Final = "QuantizeLinear"
@@ -230,9 +230,8 @@ def predicted_convs(model: Any, core: str) -> float:
             cells = max(1, macs[node.output[0]] // max(1, inputs * outputs))
             total += conv_instructions(core, kind, inputs, outputs, (1, 1), 1, cells)
             continue
-        settings = {a.name: a for a in node.attribute}
-        groups = settings["group"].i if "group" in settings else 1
-        strides = settings["strides"].ints if "strides" in settings else (1,)
+        settings = attributes(node)
+        groups, strides = settings.get("group", 1), settings.get("strides", (1,))
         outputs, per_group, height, width = shapes[node.input[1]]
         cells = int(np.prod(shapes[node.output[0]][2:]))
         total += conv_instructions(

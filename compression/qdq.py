@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.detections import FloatArray
-from ..models.graph import require_onnx
+from ..models.graph import attributes, copied, require_onnx, set_nodes
 from .calibrate import Grid
 
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")
@@ -79,7 +79,7 @@ def truncates(node: Any) -> bool:
 
     Its interpolating Resize does, which moves every value down by half a step.
     """
-    mode = next((a.s for a in node.attribute if a.name == "mode"), b"nearest")
+    mode = attributes(node).get("mode", b"nearest")
     return bool(node.op_type == "Resize" and mode != b"nearest")
 
 
@@ -254,8 +254,7 @@ def insert(
     """
     onnx = require_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     links = Links(model.graph)
     tensors: dict[str, Any] = {}
@@ -311,12 +310,10 @@ def insert(
         for name in node.output:
             if name in layout.group and name not in links.outputs:
                 pair(name)
-    used = {name for node in nodes for name in node.input}
-    kept = [t for t in graph.initializer if t.name in used and t.name not in tensors]
+    kept = [t for t in graph.initializer if t.name not in tensors]
     del graph.initializer[:]
-    graph.initializer.extend([*kept, *(t for n, t in tensors.items() if n in used)])
-    del graph.node[:]
-    graph.node.extend(nodes)
+    graph.initializer.extend([*kept, *tensors.values()])
+    set_nodes(graph, nodes)
     return result
 
 
@@ -342,7 +339,7 @@ def _weights(
     numpy_helper = onnx.numpy_helper
     name = node.input[1]
     weight = numpy_helper.to_array(links.stored[name]).astype(np.float32)
-    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+    transposed = node.op_type == "Gemm" and bool(attributes(node).get("transB", 0))
     axis = 0 if node.op_type == "Conv" or transposed else weight.ndim - 1
     has_bias = len(node.input) > 2 and node.input[2] in links.stored
     bias = np.zeros(weight.shape[axis], np.float32)
