@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..models.dataset import load_image
 from ..models.detections import FloatArray
+from ..models.detector import WEIGHT_ROUNDING
 from ..models.graph import copied, require_onnx
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec
@@ -24,8 +25,6 @@ VALUES_MAX = 1 << 18
 SEARCH_MAX = 1 << 14
 POWER = 3
 """Of the error in a range's cost. More than 2: what is clipped is mostly objects."""
-WEIGHT_QUANTIZER = "WeightBiasQuantization"
-"""ONNX Runtime's pass that rounds float weights between quantizers, per tensor, unasked."""
 COARSE = tuple(float(s) for s in np.geomspace(1.0, 0.02, 14))
 FINE = (1.0, 0.82, 0.9, 1.1, 1.2)
 WILD = 6.0
@@ -123,7 +122,7 @@ def session(model: Any, outputs: Sequence[str] = (), *, optimise: bool = True) -
         model.SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
-        disabled_optimizers=[WEIGHT_QUANTIZER],
+        disabled_optimizers=[WEIGHT_ROUNDING],
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..models.detections import FloatArray
 from .calibrate import STEPS, Grid, best_grid
@@ -19,6 +20,8 @@ PERCENTILE: Final = 99.99
 """Of the values at each side of zero that the grid reaches."""
 BINS: Final = 2048
 SHRINKS: Final = tuple(float(s) for s in np.linspace(1.0, 0.2, 17))
+NARROW: Final = 1e-5
+"""A range that is a smaller part of its values is a constant and its rounding errors."""
 EMPTY: Final = 1e-6
 """Probability of a bin into which nothing fell."""
 
@@ -43,24 +46,26 @@ def percentile(
 
 
 def entropy(values: FloatArray, low: float, high: float, after: Function, weight: Function) -> Grid:
-    """Returns the grid that tells the least about other values than were seen.
+    """Returns the grid on which the distribution of the values changes least.
 
-    The Kullback-Leibler divergence of the rounded distribution from the true one (Migacz, "8-bit
-    Inference with TensorRT", 2017), both ends drawn in together.
+    By the Kullback-Leibler divergence, both ends drawn in together, after Migacz ("8-bit Inference
+    with TensorRT", 2017); there, what is clipped is added to the ends of the true distribution,
+    here to those of the rounded one only.
     """
-    flat = values[np.isfinite(values)]
-    if not flat.size or flat.min() == flat.max():
-        return Grid.over(low, high)
-    span = float(flat.min()), float(flat.max())
+    flat = values[np.isfinite(values)].astype(np.float64)
+    span = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 0.0)
+    if span[1] - span[0] <= NARROW * max(abs(end) for end in span):  # hardly a distribution
+        return best_grid(values, low, high)
     counts, edges = np.histogram(flat, BINS, span)
-    middles = ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
+    middles = (edges[:-1] + edges[1:]) / 2
     grids = [Grid.over(span[0] * shrink, span[1] * shrink) for shrink in SHRINKS]
     return min(grids, key=lambda grid: _divergence(counts, middles, grid))
 
 
-def _divergence(counts: Any, middles: FloatArray, grid: Grid) -> float:
+def _divergence(counts: Any, middles: npt.NDArray[np.float64], grid: Grid) -> float:
     """Returns how far a histogram is from itself after rounding to a grid, in nats."""
-    codes = np.rint(middles / np.float32(grid.scale)).astype(int) + grid.zero_point
+    steps = np.clip(np.rint(middles / grid.scale), -2 * STEPS, 2 * STEPS)
+    codes = steps.astype(int) + grid.zero_point
     inside = (codes >= 0) & (codes <= STEPS)
     clipped = np.clip(codes, 0, STEPS)
     # What is clipped is seen at the ends, as it will be; its own bins stay in the true picture.

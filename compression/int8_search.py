@@ -15,7 +15,7 @@ from .calibrate import Grid, Seen, sigmoid
 from .calibrators import CALIBRATORS, USUAL, Function
 from .equalise import channel_factors, label_channels, rescale, rescaled_seen, silu_gates
 from .fidelity import Fidelity
-from .price import predicted_instructions
+from .predict import predicted_instructions
 from .qdq import Layout, Links, insert, plan_layout
 from .rounding import round_weights
 
@@ -122,6 +122,7 @@ class Search:
         cost_weight: How much a part of the cost counts against the same part of the loss.
         log: What was tried -> disagreement.
         costs: What was tried -> million instructions; empty for a core without a table.
+        known: Variant's key -> its loss and cost.
     """
 
     fidelity: Fidelity
@@ -130,17 +131,20 @@ class Search:
     cost_weight: float
     log: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], tuple[float, float]] = field(default_factory=dict)
 
     def measured(self, what: str, variant: Variant) -> Variant:
         """Returns the variant with its loss, which signedness does not change, and its cost."""
-        here, there = variant.inserted(False, self.signed)
         core = self.core if self.core in CORES else STAND_IN
-        cost = predicted_instructions(there, core)
+        if variant.key not in self.known:
+            here, there = variant.inserted(False, self.signed)
+            loss = self.fidelity.loss(here)
+            self.known[variant.key] = loss, predicted_instructions(there, core)
+        loss, cost = self.known[variant.key]
+        self.log[what] = rounded(loss)
         if core == self.core:
             self.costs[what] = round(cost / 1e6, 1)
-        variant = replace(variant, loss=self.fidelity.loss(here), cost=cost)
-        self.log[what] = rounded(variant.loss)
-        return variant
+        return replace(variant, loss=loss, cost=cost)
 
     def score(self, variant: Variant) -> float:
         """Returns what the search lowers: disagreement times cost."""
@@ -182,7 +186,10 @@ def gates_by_worth(model: Any, noise: Mapping[str, float], layout: Layout) -> li
 
 
 def first_gates(ordered: Sequence[tuple[str, int]], share: float) -> frozenset[str]:
-    """Returns gates from the front that make up at most a share of all numbers."""
+    """Returns the gates nearest to the front that together make up at most a share of all numbers.
+
+    One that is too large for what is left of the share is passed over.
+    """
     left = share * sum(size for _, size in ordered) + 0.5
     chosen = set()
     for name, size in ordered:

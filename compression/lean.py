@@ -6,13 +6,21 @@ Nothing here depends on photos. Each rewrite is exact, but for the outermost rin
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..models.detections import FloatArray
-from ..models.graph import attributes, copied, drop_dead, require_onnx, set_nodes
+from ..models.graph import (
+    attributes,
+    copied,
+    drop_dead,
+    require_onnx,
+    set_nodes,
+    tensors_read,
+)
 from .calibrate import Grid
 from .onnx_io import PREPARING
 from .qdq import Links
@@ -139,7 +147,7 @@ def pool_first(model: Any) -> int:
     """Puts a LeakyReLU behind the maximum pooling that alone reads it, in place; exact.
 
     A function that never falls has its maximum where its argument has it, so the pooled map, which
-    is a quarter as large, can be what it is computed on. In 8 bits it is an operator of its own.
+    is smaller, can be what it is computed on. In 8 bits it is an operator of its own.
     Between a convolution in float and an integer one it does more: ONNX Runtime would round in
     front of the pooling, and 8-bit pooling takes six times the instructions of that in float where
     channels come first.
@@ -148,6 +156,7 @@ def pool_first(model: Any) -> int:
         How many were moved.
     """
     links = Links(model.graph)
+    reads = Counter(name for node in model.graph.node for name in tensors_read(node))
     nodes, moved = list(model.graph.node), 0
     for pool in tuple(nodes):
         if pool.op_type != "MaxPool" or len(pool.output) != 1:
@@ -156,7 +165,7 @@ def pool_first(model: Any) -> int:
         if activation is None or not _never_falls(activation):
             continue
         active, end = activation.output[0], pool.output[0]
-        if len(links.readers[active]) != 1 or active in links.outputs:
+        if reads[active] != 1 or active in links.outputs:
             continue
         pool.input[0], pool.output[0] = activation.input[0], f"{end}_pooled"
         activation.input[0], activation.output[0] = pool.output[0], end

@@ -157,7 +157,7 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
             name = group[name]
         return name
 
-    clipped: set[str] = set()  # never below zero, because the grid ends there
+    clipped: set[str] = set()  # never below its bound, because the grid ends there
     for node in model.graph.node:
         if node.name not in nodes:
             continue
@@ -166,7 +166,7 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
         if node.op_type in CLIPPING_OPS:
             clipped.update(node.output)
         if node.op_type in SAME_GRID_OPS or node.op_type == "Concat":
-            if len(own) == len(sources):
+            if sources and clipped.issuperset(sources):
                 clipped.update(node.output)
                 own = set()
             # On a grid with others that do fall below zero it would have to be clipped in float,

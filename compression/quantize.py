@@ -173,7 +173,7 @@ def quantize(
         ordered = gates_by_worth(best.model, {s.group: s.noise for s in noise_of(best)}, layout)
         for share in progress(GATE_SHARES, desc="through SiLU"):
             chosen_gates = first_gates(ordered, share)
-            what = f"through {len(chosen_gates)} of {len(gates)} SiLUs"
+            what = f"through {len(chosen_gates)} of {len(gates)} SiLUs ({share:.0%})"
             best = search.better(what, best, origin.variant(STRENGTHS[0], chosen_gates))
     if search.score(plain) < search.score(best):
         best = plain

@@ -237,8 +237,9 @@ class QuantizeStep(Strict):
             0: none.
         weights: Bits of the weights. Fewer than 8 make a smaller file, not a faster one.
         bytes_max: Size of the file, at most; each layer's bits are chosen by what they harm.
-        cost_weight: What stays in float, and what else, lowers the disagreement with the float
-            model times the core's instructions to this power; 0: at any cost.
+        cost_weight: How much predicted instructions count against disagreement with the float
+            model where variants are compared (as its power); 0: not at all. For a core without a
+            table, those of Cortex-A76 stand in.
     """
 
     kind: Literal["quantize"]

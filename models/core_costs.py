@@ -130,6 +130,7 @@ OPERATORS: Final[dict[str, tuple[float, float]]] = {
     "QLinearConcat": (7000, 0.45),
     "QLinearLeakyRelu": (9000, 4.0),
     "QLinearMaxPool": (5000, 8.65),
+    "QLinearMaxPool, channels first": (5000, 146.0),
     "QLinearMul": (16000, 2.87),
     "QLinearResize": (5000, 18.4),
     "QLinearSigmoid": (9000, 4.02),
@@ -147,6 +148,8 @@ of its own, while a ReLU costs nothing there: it is in the convolution's roundin
 3x3 cells, and channels come last in the integer one (``NhwcMaxPool``); the
 integer Resize to the nearest cell takes ten times what it takes in float."""
 
+POOL_TAPS: Final = 9
+"""Of the poolings in the table."""
 CHANNELWISE: Final = 188
 """An integer Mul by one factor per channel begins anew at every cell: so many more for each."""
 

@@ -86,7 +86,12 @@ def open_session(runtime: Any, path: str, *, profile: bool) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.enable_profiling = profile
-    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(
+        path,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],  # as models.detector does
+    )
 
 
 def example(entry: Any) -> Any:

@@ -20,6 +20,9 @@ from .preprocess import Image, Placement, prepare
 from .recognise import check_raw, read_spec
 from .spec import ModelSpec
 
+WEIGHT_ROUNDING = "WeightBiasQuantization"
+"""ONNX Runtime's pass that rounds float weights between quantizers, per tensor, unasked: what was
+left in float because it has to be would not be."""
 SCORE_MIN_EVAL = 0.05
 """Floor for accuracy on a live picture; `evaluate.SCORE_MIN_AP` is the one for published AP."""
 
@@ -148,7 +151,12 @@ def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSessio
         message = f"{path}: expected an ONNX model, found no such file; check the path"
         raise ModelFileError(message)
     try:
-        return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            os.fspath(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[WEIGHT_ROUNDING],
+        )
     except Exception as error:  # ONNX Runtime raises many kinds; each means the file is unusable
         size = path.stat().st_size
         message = (

@@ -33,7 +33,7 @@ from .errors import DownloadError, EdgeSightError, MissingExtraError, OutputErro
 
 QEMU = "qemu-system-aarch64"
 CACHE_VARIABLE = "EDGESIGHT_CACHE"
-FORMAT = 1
+FORMAT = 2
 """Of the guest's folder; another one is made when this changes."""
 MEMORY_MB = 3072
 KERNEL = "linux-image-cloud-arm64"

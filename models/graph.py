@@ -97,7 +97,7 @@ def set_nodes(graph: Any, nodes: Iterable[Any]) -> None:
     before = len(graph.node)
     graph.node.extend(list(nodes))  # copies them: the graph's own die when they are taken out
     del graph.node[:before]
-    used = {name for node in graph.node for name in _read_by(node)}
+    used = {name for node in graph.node for name in tensors_read(node)}
     used |= {output.name for output in graph.output}
     for place in reversed(range(len(graph.initializer))):
         if graph.initializer[place].name not in used:
@@ -111,19 +111,19 @@ def drop_dead(model: Any) -> None:
     for node in reversed(model.graph.node):
         if needed & set(node.output):
             nodes.append(node)
-            needed.update(_read_by(node))
+            needed.update(tensors_read(node))
     set_nodes(model.graph, reversed(nodes))
     del model.graph.value_info[:]
 
 
-def _read_by(node: Any) -> Iterator[str]:
+def tensors_read(node: Any) -> Iterator[str]:
     """Yields the tensors that a node reads, those of its branches and loop bodies among them."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             yield from (output.name for output in graph.output)
             for inner in graph.node:
-                yield from _read_by(inner)
+                yield from tensors_read(inner)
 
 
 def opset_of(model: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from edgesight.compression.calibrate import Grid, Seen
 from edgesight.compression.calibrators import CALIBRATORS
@@ -22,10 +23,13 @@ from edgesight.compression.int8_search import (
     gates_by_worth,
 )
 from edgesight.compression.onnx_io import tidy
-from edgesight.compression.price import predicted_others
+from edgesight.compression.predict import predicted_convs, predicted_others
 from edgesight.compression.qdq import insert, plan_layout
 from edgesight.compression.quantize import QuantizeConfig, quantize
+from edgesight.compression.recipe import make_recipe
 from edgesight.models.core_costs import CHANNELWISE, OPERATORS
+from edgesight.models.detector import open_session
+from edgesight.models.errors import RecipeError
 from onnx import TensorProto, helper
 
 graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
@@ -71,6 +75,11 @@ def test_what_is_never_below_zero_wastes_no_codes(name: str) -> None:
 def test_a_tensor_of_zeros_and_broken_numbers_gives_a_grid(name: str) -> None:
     empty = CALIBRATORS[name](np.zeros((50, 2), np.float32), 0.0, 0.0, None, None)
     assert empty.scale > 0
+    same = np.array([[1.0], [1.0000001]] * 50, np.float32)  # a saturated gate
+    nearly = CALIBRATORS[name](same, 1.0, 1.0000001, None, None)
+    np.testing.assert_allclose(nearly.round(same), same, atol=0.01)
+    nothing = CALIBRATORS[name](np.zeros((50, 2), np.float32), 0.0, np.inf, None, None)
+    assert np.isfinite(nothing.scale)
     broken = bell()
     broken[7] = np.inf
     grid = CALIBRATORS[name](broken, float(bell().min()), np.inf, None, None)
@@ -91,8 +100,18 @@ def graph_of(build: Any, end: str, shape: list[int]) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def quantized(model: Any, low: float = -4.0) -> Any:
-    layout = plan_layout(model)
+def opened(model: Any, folder: Path) -> tuple[Any, list[str]]:
+    """Opens a model as a detector's is opened; returns the operators that run, too."""
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    runner = open_session(path, options)
+    return runner, [n.op_type for n in onnx.load(folder / "optimised.onnx").graph.node]
+
+
+def quantized(model: Any, in_float: Sequence[str] = (), low: float = -4.0) -> Any:
+    layout = plan_layout(model, in_float)
     grids = {}
     for name in layout.tensors:
         maker = next((n for n in model.graph.node if name in n.output), None)
@@ -102,8 +121,6 @@ def quantized(model: Any, low: float = -4.0) -> Any:
 
 
 def test_a_relu_beside_a_leaky_relu_leaves_both_convolutions_integer(tmp_path: Path) -> None:
-    import onnxruntime as ort
-
     build = GraphBuilder()
     left = build.add("Relu", [build.conv("x", (8, 8), 3)])
     right = build.add("LeakyRelu", [build.conv("x", (8, 8), 3)], alpha=0.1)
@@ -113,16 +130,11 @@ def test_a_relu_beside_a_leaky_relu_leaves_both_convolutions_integer(tmp_path: P
     layout = plan_layout(model)
     assert layout.group[left] != layout.group[joined], "a grid below zero would undo the ReLU"
     assert layout.group[right] == layout.group[joined]
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    runner = ort.InferenceSession(
-        quantized(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    runner, kinds = opened(quantized(model), tmp_path)
     assert kinds.count("QLinearConv") == 3
     assert not {"Conv", "FusedConv", "Relu"} & set(kinds)
     x = np.random.default_rng(1).normal(0, 1, (1, 8, 16, 16)).astype(np.float32)
-    plain = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    plain, _ = opened(model, tmp_path)
     wanted, got = plain.run(None, {"x": x})[0], runner.run(None, {"x": x})[0]
     assert np.corrcoef(wanted.ravel(), got.ravel())[0, 1] > 0.99
 
@@ -236,3 +248,93 @@ def test_what_a_pooling_drops_needs_no_code() -> None:
     grid = find_grids(model, layout, seen)[layout.group[before]]
     assert -6 < grid.low < 0
     assert 3 < grid.high < 6
+
+
+def price(kind: str, numbers: int) -> float:
+    call, each = OPERATORS[kind]
+    return call + each * numbers
+
+
+@pytest.mark.parametrize("activation", ["Relu", "LeakyRelu"])
+def test_rounding_around_a_float_convolution_is_paid_for_and_it_runs_in_float(
+    activation: str, tmp_path: Path
+) -> None:
+    build = GraphBuilder()
+    x = "x"
+    for _ in range(3):
+        x = build.add(activation, [build.conv(x, (8, 8), 3)])
+    model = graph_of(build, build.conv(x, (8, 8)), [1, 8, 16, 16])
+    middle = [n.name for n in model.graph.node][2:4]
+    integer, mixed = quantized(model), quantized(model, middle)
+    rounding = price("DequantizeLinear", 2048) + price("QuantizeLinear", 2048)
+    swallowed = price("QLinearLeakyRelu", 2048) if activation == "LeakyRelu" else 0
+    assert predicted_others(mixed) - predicted_others(integer) == pytest.approx(
+        rounding - swallowed
+    )
+    kinds = opened(mixed, tmp_path)[1]
+    assert kinds.count("QLinearConv") == 3
+    assert sum("Conv" in kind for kind in kinds) == 4
+
+
+def test_a_factor_that_is_computed_costs_what_a_stored_one_does_and_a_single_one_less() -> None:
+    def cost(factor_shape: list[int], computed: bool) -> float:
+        build = GraphBuilder()
+        x = build.add("LeakyRelu", [build.conv("x", (8, 16), 3)], alpha=0.1)
+        if computed:
+            factor = build.add("Sigmoid", [build.add("GlobalAveragePool", [x])])
+        else:
+            factor = build.store("f", np.full(factor_shape, 0.5, np.float32))
+        end = build.conv(build.add("Mul", [x, factor]), (16, 8))
+        return predicted_others(quantized(graph_of(build, end, [1, 8, 16, 16])))
+
+    channelwise, single = cost([1, 16, 1, 1], False), cost([], False)
+    assert channelwise - single == pytest.approx(CHANNELWISE * 256)
+    gate = price("QLinearSigmoid", 16)
+    assert cost([], True) == pytest.approx(channelwise + gate)
+
+
+def test_what_is_computed_on_loading_costs_nothing() -> None:
+    build = GraphBuilder()
+    build.store("one", np.float32(1))
+    weight = build.add("Add", [build.store("w", np.ones((8, 8, 1, 1), np.float32)), "one"])
+    end = build.add("Conv", ["x", weight])
+    assert predicted_others(graph_of(build, end, [1, 8, 16, 16])) == 0
+
+
+def test_pooling_between_float_and_integers_is_the_dear_one(tmp_path: Path) -> None:
+    build = GraphBuilder()
+    first = build.add("Relu", [build.conv("x", (8, 8), 3)])
+    x = build.add("MaxPool", [first], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    model = graph_of(build, build.conv(x, (8, 8)), [1, 8, 8, 8])
+    names = [n.name for n in model.graph.node]
+    integer = predicted_others(quantized(model))
+    mixed = quantized(model, names[:2])
+    assert opened(mixed, tmp_path)[1].count("MaxPool") == 1, "in 8 bits, channels first"
+    dear = price("QLinearMaxPool, channels first", 512) - price("QLinearMaxPool", 512)
+    assert predicted_others(mixed) == pytest.approx(integer + dear)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (1, 3, 3)])
+def test_convolutions_of_one_and_three_axes_have_a_price(sizes: tuple[int, ...]) -> None:
+    build = GraphBuilder()
+    weight = build.store("w", np.ones((8, 8, *sizes), np.float32))
+    pads = [s // 2 for s in sizes] * 2
+    end = build.add("Conv", ["x", weight], pads=pads)
+    model = graph_of(build, end, [1, 8, *[16] * len(sizes)])
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    del dims[2:]
+    for _ in sizes:
+        dims.add().dim_value = 16
+    assert predicted_convs(model, "cortex-a76") > 8 * 8 * np.prod(sizes) * 16 * 0.05
+
+
+def test_a_recipe_and_a_config_weigh_cost_by_one_unless_told_otherwise(tmp_path: Path) -> None:
+    assert QuantizeConfig().cost_weight == 1
+    values = {"version": 1, "data": {"photos": "p"}, "steps": [{"kind": "quantize"}]}
+    assert make_recipe(values, tmp_path).steps[0].cost_weight == 1  # type: ignore[union-attr]
+    for wrong in (-1, 11):
+        with pytest.raises(RecipeError, match=r"cost_weight: expected 0\.\.10"):
+            QuantizeConfig(cost_weight=wrong)
+        values["steps"] = [{"kind": "quantize", "cost_weight": wrong}]
+        with pytest.raises(RecipeError, match="cost_weight"):
+            make_recipe(values, tmp_path)

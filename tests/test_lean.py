@@ -222,3 +222,19 @@ def test_what_falls_or_is_read_elsewhere_stays_in_front_of_the_pooling(
     before = model.SerializeToString()
     assert pool_first(model) == 0
     assert model.SerializeToString() == before
+
+
+def test_a_map_that_a_branch_reads_stays_where_it_is() -> None:
+    model = pooled("LeakyRelu", alpha=0.1)
+    branch = helper.make_graph(
+        [helper.make_node("Abs", ["a"], ["b"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node.append(
+        helper.make_node("If", ["yes"], ["z"], then_branch=branch, else_branch=branch)
+    )
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    assert pool_first(model) == 0

@@ -159,7 +159,11 @@ def test_int8_sees_what_float_sees(
     if folded:
         model, spec = fold_preprocess(model, spec)
     result = quantize(
-        model, spec, photos, QuantizeConfig(target="x86-64", photos_max=12), progress=quiet
+        model,
+        spec,
+        photos,
+        QuantizeConfig(target="x86-64", photos_max=12, cost_weight=0),
+        progress=quiet,
     )
     save_model(result.model, tmp_path / "int8.onnx", spec)
     save_model(model, tmp_path / "float.onnx", spec)

@@ -13,12 +13,8 @@ import optuna
 import pytest
 from edgesight.compression import price as price_module
 from edgesight.compression import settings, space
-from edgesight.compression.price import (
-    graph_print,
-    predicted_convs,
-    predicted_instructions,
-    price_for,
-)
+from edgesight.compression.predict import predicted_convs, predicted_instructions
+from edgesight.compression.price import graph_print, price_for
 from edgesight.compression.space import (
     KNOBS,
     SHARES,
