@@ -99,7 +99,7 @@ def test_what_was_counted(counted: Counted) -> None:
         wanted = conv_instructions(CORE, kind, CHANNELS, CHANNELS, (1, 1), 1, HEIGHT * WIDTH)
         assert conv.instructions == pytest.approx(wanted, rel=0.15)
         assert conv.instructions < found.instructions < 2 * conv.instructions + 300_000
-        assert found.spread < 0.2
+        assert found.spread < 0.5  # an interrupt is a good part of so small a network
         assert found.finite
         assert found.runs == 3
         assert found.nodes[0].shapes
