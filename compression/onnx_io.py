@@ -14,6 +14,9 @@ from ..models.files import atomic_path
 from ..models.graph import copied, load_model, opset_of, require_onnx, set_nodes
 from ..models.spec import METADATA_KEY, ModelSpec
 
+FOCUS_FUSION = "SliceConcatToSpaceToDepthFusion"
+"""A pass of ONNX Runtime 1.32 that hides YOLOX's Focus in an operator that converters do not know;
+earlier versions have none of that name, and pass over it."""
 OPSET = 17
 """Has what quantization needs, and every ONNX Runtime of a board reads it."""
 OPSET_MAX = 20
@@ -168,7 +171,10 @@ def _fold_constants(model: Any) -> Any:
         options.log_severity_level = 4
         try:
             ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                model.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[FOCUS_FUSION],
             )
         except Exception as error:
             message = (
