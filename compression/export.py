@@ -122,8 +122,7 @@ def _exported(wrapped: WithTail, example: Tensor, settings: dict[str, Any]) -> A
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        message = "expected the package onnxscript, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="onnxscript") from error
     program = torch.onnx.export(
         wrapped, (example,), dynamo=True, opset_version=EXPORT_OPSET, **settings
     )

@@ -93,8 +93,7 @@ def convert_onnx(model: Any) -> fx.GraphModule:
     try:
         from onnx2torch import convert
     except ImportError as error:
-        message = "expected the package onnx2torch, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="onnx2torch") from error
     try:
         converted: fx.GraphModule = convert(model)
     except Exception as error:  # the converter raises many kinds for what it does not know

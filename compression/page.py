@@ -23,8 +23,7 @@ def render_page(template: str, filters: Mapping[str, Callable[..., str]], **valu
     try:
         import jinja2
     except ImportError as error:
-        message = "expected the package jinja2, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="jinja2") from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -246,8 +246,7 @@ def figure_of(height: float, width: float = 6.4, dpi: float | None = None) -> An
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        message = "expected the package matplotlib, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
 
 

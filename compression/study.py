@@ -51,8 +51,7 @@ def open_study(folder: Path, wanted: Search, digest: str, seed: int) -> optuna.S
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
-        message = "expected the package optuna, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     address = wanted.storage or f"sqlite:///{folder / STUDY_FILE}"
     name = wanted.study or f"edgesight-{digest[:12]}"

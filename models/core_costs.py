@@ -145,8 +145,8 @@ OPERATORS: Final[dict[str, tuple[float, float]]] = {
 """Other operators of the optimised graphs of detectors, the same on both cores: instructions per
 call, and per number of the output. A float SiLU is a QuickGelu; an integer LeakyReLU is an operator
 of its own, while a ReLU costs nothing there: it is in the convolution's rounding. Poolings are of
-3x3 cells, and channels come last in the integer one (``NhwcMaxPool``); the
-integer Resize to the nearest cell takes ten times what it takes in float."""
+3x3 cells, and channels come last in the integer one (``NhwcMaxPool``); the integer Resize to the
+nearest cell takes ten times what it takes in float."""
 
 POOL_TAPS: Final = 9
 """Of the poolings in the table."""

@@ -53,3 +53,8 @@ class OutputError(InputError):
 
 class MissingExtraError(InputError):
     """A part of EdgeSight needs an optional install."""
+
+    @classmethod
+    def of(cls, *, package: str) -> MissingExtraError:
+        """Returns the error for a package that the extra ``compress`` brings."""
+        return cls(f"expected the package {package}, found none; pip install '.[compress]'")

@@ -96,18 +96,22 @@ def scale(spec: ModelSpec) -> float:
 def brought(teacher: tuple[Any, ...], student: tuple[Any, ...], sure: float = 4.0) -> Any:
     """What a teacher says in the student's cells, and those cells."""
     theirs, ours = spec_of(*teacher), spec_of(*student)
-    student_maps = maps(student[0], ours, sure)
-    cells = read_cells(net_of(student[0]), student_maps)
-    goal = resample(
-        read_cells(net_of(teacher[0]), maps(teacher[0], theirs)),
+    cells = read_cells(net_of(student[0]), maps(student[0], ours, sure))
+    levels = maps(teacher[0], theirs)
+    return asked(read_cells(net_of(teacher[0]), levels), theirs, cells, ours), cells, ours
+
+
+def asked(teacher: Any, theirs: ModelSpec, student: Any, ours: ModelSpec) -> Any:
+    """What a teacher's cells say in the student's cells, of both classes."""
+    return resample(
+        teacher,
         [grid_hw(theirs.input_hw, s) for s in theirs.strides],
         [place_in(theirs)],
         torch.tensor([0, 1]),
-        cells,
+        student,
         [grid_hw(ours.input_hw, s) for s in ours.strides],
         [place_in(ours)],
     )
-    return goal, cells, ours
 
 
 @pytest.mark.parametrize("student", KINDS)
@@ -156,15 +160,7 @@ def test_another_heads_score_of_nothing_is_not_learned() -> None:
         level[:, :2] = level[:, :2].clamp_min(-2.2)  # a floor of 0.1
     student_maps = [m.requires_grad_() for m in maps("yolox", ours)]
     cells = read_cells(net_of("yolox"), student_maps)
-    goal = resample(
-        read_cells(net_of("nanodet_plus"), levels),
-        [grid_hw(theirs.input_hw, s) for s in theirs.strides],
-        [place_in(theirs)],
-        torch.tensor([0, 1]),
-        cells,
-        [grid_hw(ours.input_hw, s) for s in ours.strides],
-        [place_in(ours)],
-    )
+    goal = asked(read_cells(net_of("nanodet_plus"), levels), theirs, cells, ours)
     assert goal.score.median() < 0.01
     assert goal.score.max() > 0.8
     sum(dense_loss(cells, torch.tensor([0, 1]), goal)).backward()

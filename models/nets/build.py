@@ -145,8 +145,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        message = "expected the package safetensors, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="safetensors") from error
     try:
         return _clean_names(load_file(str(path)))
     except (SafetensorError, OSError, ValueError) as error:

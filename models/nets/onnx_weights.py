@@ -150,8 +150,7 @@ def read_onnx_convs(path: Path) -> OnnxConvs:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        message = "expected the package onnx, found none; pip install '.[compress]'"
-        raise MissingExtraError(message) from error
+        raise MissingExtraError.of(package="onnx") from error
     try:
         graph = onnx.load(str(path)).graph
         constants = _constants(graph, numpy_helper)
