@@ -6,7 +6,7 @@
 Each row is a recipe that ``edgesight compress`` runs; its result is measured on ``coco-val``, with
 a 95 % interval and the paired loss against the original, and its instructions are counted by
 ``edgesight cost`` where the emulator is at hand. Finished recipes are not run again. ``--plot``
-draws AP over instructions.
+draws AP over instructions, of all tables in ``--out``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "ReLU, INT8": [{"kind": "activations"}, {"kind": "quantize"}],
     "prune to 80 %, ReLU, INT8": [PRUNE, {"kind": "activations"}, {"kind": "quantize"}],
 }
-"""Title of a row -> the steps of its recipe, on NanoDet-Plus-m; none of them is trained."""
+"""Title of a row -> the steps of its recipe, on NanoDet-Plus-m; none is trained with labels."""
+TABLE = "techniques"
 
 
 def technique(title: str, options: argparse.Namespace) -> Recipe:
@@ -125,21 +126,44 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws AP over instructions on Cortex-A76 (over MACs where they were not counted)."""
+def plot(series: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Draws AP over instructions on Cortex-A76 (over MACs where they were not counted).
+
+    Args:
+        series: Name of each table -> its rows; steps of a recipe are joined by a line.
+        path: PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    counted = all(r.get(CORES[0]) for r in rows)
+    every = [row for rows in series.values() for row in rows]
+    counted = all(row.get(CORES[0]) for row in every)
     key, what = (CORES[0], "instructions on Cortex-A76") if counted else ("macs", "MACs")
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for r in rows:
-        x, (ap, low, high) = r[key] / 1e6, r["ap"]
-        axes.errorbar(x, ap, [[ap - low], [high - ap]], fmt="o", capsize=2, alpha=0.8)
-        axes.annotate(r["title"], (x, ap), fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel=f"{what}, millions", ylabel=f"AP on coco-val ({rows[0]['photos']} photos)")
+    figure, axes = pyplot.subplots(figsize=(11, 7), layout="constrained")
+    for number, (name, rows) in enumerate(series.items()):
+        color, one_by_one = f"C{number}", name != TABLE
+        x, ap = [row[key] / 1e6 for row in rows], [row["ap"][0] for row in rows]
+        ends = [[row["ap"][0] - row["ap"][1] for row in rows]]
+        ends.append([row["ap"][2] - row["ap"][0] for row in rows])
+        style: dict[str, Any] = {"fmt": "o-" if one_by_one else "o", "color": color, "label": name}
+        axes.errorbar(x, ap, ends, capsize=2, alpha=0.8, elinewidth=0.5, **style)
+        for row, *place in zip(rows, x, ap, strict=True):
+            axes.annotate(
+                row["title"], place, fontsize=7, color=color, xytext=(4, 4),
+                textcoords="offset points",
+            )  # fmt: skip
+    best = -1.0
+    front = []
+    for row in sorted(every, key=lambda row: (row[key], -row["ap"][0])):
+        if row["ap"][0] > best:
+            best = row["ap"][0]
+            front.append((row[key] / 1e6, best))
+    axes.step(*zip(*front, strict=True), where="post", color="gray", lw=1, ls=":", label="frontier")
+    axes.set(xlabel=f"{what}, millions", ylabel=f"AP on coco-val ({every[0]['photos']} photos)")
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -163,7 +187,7 @@ def main() -> None:
         recipes = [(t, technique(t, options)) for t in TECHNIQUES]
     recipes = [(t, r) for t, r in recipes if not options.only or any(o in t for o in options.only)]
     options.out.mkdir(parents=True, exist_ok=True)
-    name = options.recipe.stem if options.recipe else "techniques"
+    name = options.recipe.stem if options.recipe else TABLE
     store = options.out / f"{name}.json"
     known = json.loads(store.read_text())["rows"] if store.is_file() else []
     check = open_dataset(options.shared / "data/coco-val").limit(options.photos_max)
@@ -188,7 +212,12 @@ def main() -> None:
     add_instructions(rows, options.out)
     write_json(store, {"machine": machine(), "rows": rows})
     if options.plot:
-        plot(rows, options.plot)
+        stores = sorted(options.out.glob("*.json"), key=lambda path: path.stem != TABLE)
+        known_rows = {path.stem: json.loads(path.read_text())["rows"] for path in stores}
+        plot(
+            {stem: [r for r in rows if "ap" in r] for stem, rows in known_rows.items()},
+            options.plot,
+        )
     milliseconds = statistics.median(r["ms"] for r in rows)
     print(f"\n{name}, coco-val, {len(check)} photos; median {milliseconds:.1f} ms per photo here\n")
     print(as_table(rows))

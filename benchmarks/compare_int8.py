@@ -120,6 +120,8 @@ def nncf(preset: str) -> Callable[[Job], Any]:
 
 METHODS: dict[str, Callable[[Job], Any]] = {
     "ours": ours(),
+    "ours, cost weighs double": ours(cost_weight=2.0),
+    "ours, at any cost": ours(cost_weight=0.0),
     "ours, all in integers": ours(integer_share_min=1.0),
     f"ours, refined by {REFINE} photo passes (training)": ours(refine=REFINE),
     "ONNX Runtime, defaults": onnx_runtime("MinMax"),
