@@ -28,6 +28,7 @@ from ..models.recognise import read_spec
 from ..models.spec import ModelSpec
 from .foreign import ForeignNet, convert_onnx
 from .linear import linear_as_convs
+from .merge_activations import merge_activations
 from .plain import plain, trace
 from .sever import prepare as prepare_model
 from .sever import sever
@@ -63,6 +64,7 @@ def enter_onnx(path: Path | str, head: str | None = None) -> tuple[ForeignNet, M
         severed = sever(linear_as_convs(model))
         body = trace(convert_onnx(severed.body))
         plain(body, torch.zeros(1, 3, *spec.input_hw))
+        merge_activations(body)
         net = ForeignNet(spec.name or path.stem, spec, severed, body)
         net.eval()
         _check_equal(net, detector, spec)
@@ -233,10 +235,14 @@ def _raw_maps(target: str, module: nn.Module, example: Tensor) -> list[Tensor]:
 
 
 def _rewritten(module: nn.Module, example: Tensor) -> nn.Module:
-    """Returns the module with channel splits as choices by index, so that pruning can follow."""
+    """Returns the module with channel splits as choices by index, so that pruning can follow.
+
+    Activations that are functions become modules, so that they can be replaced.
+    """
     try:
         graph = trace(module)
-        return graph if plain(graph, example) else module
+        rewritten = plain(graph, example)
+        return graph if merge_activations(graph) or rewritten else module
     except InputError:  # it cannot be pruned, but still be distilled and quantized
         return module
 
