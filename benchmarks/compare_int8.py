@@ -120,6 +120,7 @@ def nncf(preset: str) -> Callable[[Job], Any]:
 
 METHODS: dict[str, Callable[[Job], Any]] = {
     "ours": ours(),
+    "ours, at most 0.6 of the cost": ours(cost_max=0.6),
     "ours, cost weighs double": ours(cost_weight=2.0),
     "ours, at any cost": ours(cost_weight=0.0),
     "ours, all in integers": ours(integer_share_min=1.0),

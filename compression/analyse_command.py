@@ -120,8 +120,7 @@ def _check(args: argparse.Namespace) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            message = f"--out: expected the package {name}, found none; pip install '.[compress]'"
-            raise MissingExtraError(message) from error
+            raise MissingExtraError.of(package=name) from error
 
 
 def _analyse(args: argparse.Namespace) -> dict[str, Any] | None:

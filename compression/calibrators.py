@@ -20,8 +20,6 @@ PERCENTILE: Final = 99.99
 """Of the values at each side of zero that the grid reaches."""
 BINS: Final = 2048
 SHRINKS: Final = tuple(float(s) for s in np.linspace(1.0, 0.2, 17))
-NARROW: Final = 1e-5
-"""A range that is a smaller part of its values is a constant and its rounding errors."""
 EMPTY: Final = 1e-6
 """Probability of a bin into which nothing fell."""
 
@@ -54,7 +52,7 @@ def entropy(values: FloatArray, low: float, high: float, after: Function, weight
     """
     flat = values[np.isfinite(values)].astype(np.float64)
     span = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 0.0)
-    if span[1] - span[0] <= NARROW * max(abs(end) for end in span):  # hardly a distribution
+    if span[0] == span[1]:  # no distribution
         return best_grid(values, low, high)
     counts, edges = np.histogram(flat, BINS, span)
     middles = (edges[:-1] + edges[1:]) / 2

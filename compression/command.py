@@ -133,11 +133,7 @@ def require_extras() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            message = (
-                f"expected the package {name}, which the board install leaves out, found: {error}; "
-                "pip install '.[compress]'"
-            )
-            raise MissingExtraError(message) from error
+            raise MissingExtraError.of(package=name) from error
 
 
 def _advise(core: str) -> None:
@@ -153,13 +149,14 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("photos", "eval", "head", "target", "refine")
         if getattr(args, name) is not None
     }
-    if given(args):
+    searched = given(args)
+    if args.quantize_only is not None:
+        searched.pop("cost_max", None)  # which it knows, too
+    if searched:
         wrong = ["--quantize-only"] if args.quantize_only is not None else []
         wrong += ["--refine"] if args.refine is not None else []
         if wrong:
-            message = (
-                f"expected {option(next(iter(given(args))))} without {wrong[0]}; leave one out"
-            )
+            message = f"expected {option(next(iter(searched)))} without {wrong[0]}; leave one out"
             raise InputError(message)
     elif args.quantize_only is None and only:
         names = ", ".join(f"--{name}" for name in only)
@@ -262,6 +259,7 @@ def _quantize_only(args: argparse.Namespace) -> dict[str, Any]:
         head=args.head,
         labelled=args.eval,
         refine=args.refine or 0,
+        cost_max=args.cost_max,
         progress=not args.quiet,
     )
     return report | {"out": str(out), "seconds": round(time.monotonic() - start, 1)}

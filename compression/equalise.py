@@ -89,10 +89,11 @@ class _Joined:
         self.join(unique, np.zeros_like(unique))
 
 
-def silu_gates(links: Links) -> dict[str, str]:
-    """Returns Sigmoid node name -> its input, for every ``Mul(x, Sigmoid(x))``."""
+def silu_gates(model: Any) -> dict[str, str]:
+    """Returns Sigmoid node name -> its input, for every ``Mul(x, Sigmoid(x))`` of the body."""
+    links = Links(model.graph)
     found: dict[str, str] = {}
-    for node in links.graph.node:
+    for node in body_nodes(model):
         if node.op_type != "Sigmoid":
             continue
         readers = links.readers[node.output[0]]
@@ -112,7 +113,7 @@ def label_channels(model: Any, open_gates: Collection[str] = ()) -> ChannelLabel
     links = Links(model.graph)
     shapes = tensor_shapes(model)
     body = {node.name for node in body_nodes(model)}
-    gates = {n: x for n, x in silu_gates(links).items() if n in open_gates and n in body}
+    gates = {n: x for n, x in silu_gates(model).items() if n in open_gates}
     joined = _Joined()
     full: dict[str, Labels] = {}
     used: dict[str, Labels] = {}

@@ -120,6 +120,7 @@ class Search:
         core: Key of ``quantize.TARGETS``.
         signed: int8 activations there.
         cost_weight: How much a part of the cost counts against the same part of the loss.
+        limit: Instructions per picture, predicted, at most; None: any.
         log: What was tried -> disagreement.
         costs: What was tried -> million instructions; empty for a core without a table.
         known: Variant's key -> its loss and cost.
@@ -129,15 +130,17 @@ class Search:
     core: str
     signed: bool
     cost_weight: float
+    limit: float | None = None
     log: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     known: dict[tuple[Any, ...], tuple[float, float]] = field(default_factory=dict)
 
     def measured(self, what: str, variant: Variant) -> Variant:
         """Returns the variant with its loss, which signedness does not change, and its cost."""
-        core = self.core if self.core in CORES else STAND_IN
+        core = core_of(self.core)
         if variant.key not in self.known:
-            here, there = variant.inserted(False, self.signed)
+            here, *others = variant.inserted(*{False: None, self.signed: None})
+            there = others[0] if others else here
             loss = self.fidelity.loss(here)
             self.known[variant.key] = loss, predicted_instructions(there, core)
         loss, cost = self.known[variant.key]
@@ -150,12 +153,25 @@ class Search:
         """Returns what the search lowers: disagreement times cost."""
         return float(max(variant.loss, LOSS_MIN) * variant.cost**self.cost_weight)
 
-    def better(self, what: str, best: Variant, other: Variant) -> Variant:
-        """Returns ``other`` if it is clearly better than ``best``."""
+    def excess(self, variant: Variant) -> float:
+        """Returns the instructions above the limit."""
+        return 0.0 if self.limit is None else max(0.0, variant.cost - self.limit)
+
+    def better(
+        self, what: str, best: Variant, other: Variant, gain_min: float = GAIN_MIN
+    ) -> Variant:
+        """Returns ``other`` if it is clearly better than ``best``, or nearer to the limit."""
         if other.key == best.key:
             return best
         other = self.measured(what, other)
-        return other if self.score(other) < self.score(best) * (1 - GAIN_MIN) else best
+        if self.excess(best) != self.excess(other):
+            return min(best, other, key=self.excess)
+        return other if self.score(other) < self.score(best) * (1 - gain_min) else best
+
+
+def core_of(target: str) -> str:
+    """Returns the core whose costs count for a target."""
+    return target if target in CORES else STAND_IN
 
 
 def rounded(value: float) -> float:
@@ -176,7 +192,7 @@ def gates_by_worth(model: Any, noise: Mapping[str, float], layout: Layout) -> li
     """
     links, shapes = Links(model.graph), tensor_shapes(model)
     found = []
-    for name, source in silu_gates(links).items():
+    for name, source in silu_gates(model).items():
         gate = next(node for node in model.graph.node if node.name == name)
         product = links.readers[gate.output[0]][0].output[0]
         harm = sum(noise.get(layout.group.get(t, t), 0.0) for t in (source, product))
@@ -270,10 +286,19 @@ def effect(links: Links, name: str) -> tuple[Function, Function]:
 
 
 def gate_factor(links: Links, node: Any) -> FloatArray | None:
-    """Returns the factors that an equalised SiLU multiplies its sigmoid's input by."""
+    """Returns the factors that an equalised SiLU multiplies its sigmoid's input by.
+
+    That is ``Mul(x, Sigmoid(Mul(x, factor)))`` with one factor, not zero, per channel.
+    """
     if node is None or node.op_type != "Mul" or node.input[1] not in links.stored:
         return None
-    if {r.op_type for r in links.readers[node.output[0]]} != {"Sigmoid"}:
+    inner = links.readers[node.output[0]]
+    if [r.op_type for r in inner] != ["Sigmoid"]:
+        return None
+    outer = links.readers[inner[0].output[0]]
+    if [r.op_type for r in outer] != ["Mul"] or node.input[0] not in outer[0].input:
         return None
     factor = require_onnx().numpy_helper.to_array(links.stored[node.input[1]])
+    if factor.ndim < 2 or factor.shape[1] != factor.size or not np.all(factor > 0):
+        return None
     return np.asarray(factor, np.float32).reshape(-1)

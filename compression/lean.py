@@ -67,6 +67,8 @@ def fold_normalisation(model: Any) -> dict[str, Grid]:
     std = values.get("Div", np.ones(3)).reshape(-1).astype(np.float64)
     order = values.get("Gather", np.arange(3)).reshape(-1).astype(int)
     offset = round(float(mean.mean()))
+    if not 0 <= offset <= 255:  # no pixel is that: there is no grid with such a zero
+        return {}
     for conv in convs:
         weight = _value(links, conv.input[1]).astype(np.float64) / std.reshape(1, 3, 1, 1)
         shift = (weight * (offset - mean).reshape(1, 3, 1, 1)).sum((1, 2, 3))

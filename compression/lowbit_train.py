@@ -22,7 +22,7 @@ from .bits_graph import levels
 from .calibrate import chosen_photos
 from .lowbit import LowBitConfig
 from .lowbit_round import Layer, put_weight
-from .refine import RefineConfig, distance, imitate, kept_if_nearer, stored
+from .refine import RefineConfig, distance, imitate, kept_if_nearer, passes, stored
 from .rounding import nearest, zeros_of
 from .torch_graph import TorchGraph
 
@@ -174,8 +174,8 @@ def train_lowbit(
         averaged = imitate(student, original, spec, others, plan, zeros, progress=progress)
         return stored_lowbit(averaged, model)
 
-    passes = config.refine
-    better, found, notes = kept_if_nearer(model, original, spec, check, passes, train, before)
+    made = passes(config.refine, others)
+    better, found, notes = kept_if_nearer(model, original, spec, check, made, train, before)
     return better, figures | found, notes
 
 

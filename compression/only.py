@@ -38,6 +38,7 @@ def quantize_file(
     head: str | None = None,
     labelled: Path | None = None,
     refine: int = 0,
+    cost_max: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Turns a float ONNX detector into an INT8 one, and says what that costs and saves.
@@ -51,12 +52,14 @@ def quantize_file(
         head: Where the file does not tell.
         labelled: Photos with boxes, for AP before and after.
         refine: Photo passes of training after calibration; 0: none.
+        cost_max: At most this part of the float model's instructions, predicted; None: any.
         progress: Show bars.
 
     Returns:
         JSON-ready; like the report of a recipe with one step.
 
     Raises:
+        RecipeError: A setting is impossible.
         ModelFileError: Not a float detector.
         DatasetError: No photos, or some are damaged.
         OutputError: ``out`` cannot be written.
@@ -73,7 +76,7 @@ def quantize_file(
     spec = spec.with_changes(name=spec.name or source.stem)
     plain, folded = fold_preprocess(tidy(model), spec)
     set_metadata(plain, NET_KEY, None)
-    settings = QuantizeConfig(target=target, refine=refine)
+    settings = QuantizeConfig(target=target, refine=refine, cost_max=cost_max)
 
     def bars(items: Any, **options: Any) -> Any:
         return tqdm(items, disable=not progress, **options)

@@ -88,7 +88,11 @@ class _Reader:
         return maker is None or not self.whole[maker.output[0]]
 
     def cost(self, node: Any) -> float:
-        """Returns the instructions of an operator; 0 for convolutions and what they swallow."""
+        """Returns the instructions of an operator; 0 for convolutions and what they swallow.
+
+        ReLU and Clip count as swallowed everywhere: elsewhere than behind a convolution they are
+        rare and cheap.
+        """
         kind, out = node.op_type, node.output[0]
         if kind in (*MAC_OPS, *CLIPPING_OPS) or not self.data(node):
             return 0.0
@@ -141,6 +145,12 @@ def predicted_convs(model: Any, core: str) -> float:
         if node.output[0] not in macs:
             continue
         kind = _numbers(node, producer, stored)
+        if node.op_type == "ConvTranspose":  # in float, whatever is around it: one product
+            inputs, per_group, *sizes = shapes[node.input[1]]
+            outputs = per_group * attributes(node).get("group", 1) * int(np.prod(sizes))
+            cells = int(np.prod(shapes[node.input[0]][2:]))
+            total += conv_instructions(core, "float", inputs, outputs, (1, 1), 1, cells)
+            continue
         if node.op_type != "Conv":  # a matrix product is a 1x1 convolution of one cell
             outputs = shapes[node.output[0]][-1]
             inputs = shapes[node.input[0]][-1]

@@ -79,8 +79,7 @@ def truncates(node: Any) -> bool:
 
     Its interpolating Resize does, which moves every value down by half a step.
     """
-    mode = attributes(node).get("mode", b"nearest")
-    return bool(node.op_type == "Resize" and mode != b"nearest")
+    return bool(node.op_type == "Resize" and attributes(node).get("mode", b"nearest") != b"nearest")
 
 
 def body_nodes(model: Any) -> list[Any]:

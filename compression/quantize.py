@@ -15,9 +15,18 @@ from .calibrate import chosen_photos, observe
 from .calibrators import CALIBRATORS
 from .equalise import silu_gates
 from .fidelity import Fidelity
-from .int8_search import Origin, Search, Variant, first_gates, gates_by_worth, rounded
+from .int8_search import (
+    Origin,
+    Search,
+    Variant,
+    core_of,
+    first_gates,
+    gates_by_worth,
+    rounded,
+)
 from .lean import lean
 from .onnx_io import tidy, write_spec
+from .predict import predicted_instructions
 from .qdq import CLIPPING_OPS, Links, is_weighted, plan_layout
 from .sensitivity import Budget, NoiseMeter, Sensitive, first_nodes, noisiest_nodes, scan
 
@@ -66,6 +75,7 @@ class QuantizeConfig:
         refine: Photo passes of training after calibration; 0: none.
         cost_weight: How much a part of the cost counts against the same part of the disagreement
             with the float model, where variants are compared; 0: not at all.
+        cost_max: At most this part of the float model's predicted instructions, 0..1; None: any.
     """
 
     target: str = "cortex-a76"
@@ -75,6 +85,7 @@ class QuantizeConfig:
     float_parameters_max: float = 0.03
     refine: int = 0
     cost_weight: float = 1.0
+    cost_max: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -89,6 +100,7 @@ class QuantizeConfig:
             (0 <= self.float_parameters_max <= 1, "float_parameters_max", "0..1"),
             (self.refine >= 0, "refine", "at least 0"),
             (0 <= self.cost_weight <= 10, "cost_weight", "0..10"),
+            (self.cost_max is None or 0 < self.cost_max <= 1, "cost_max", "above 0, at most 1"),
         )
         for fine, key, expected in checks:
             if not fine:
@@ -151,7 +163,9 @@ def quantize(
     wanted = [*layout.tensors, *clipped]  # these get a grid where what clips them stays in float
     seen = observe(model, wanted, chosen, spec, seed=config.seed, progress=progress)
     origin = Origin(model, seen, exact, layout.group)
-    search = Search(fidelity, config.target, signed, config.cost_weight)
+    whole = predicted_instructions(model, core_of(config.target))
+    limit = None if config.cost_max is None else config.cost_max * whole
+    search = Search(fidelity, config.target, signed, config.cost_weight, limit)
     report: dict[str, Any] = {
         "target": config.target,
         "activations": "int8" if signed else "uint8",
@@ -169,14 +183,13 @@ def quantize(
         return scan(variant.model, left, variant.grids(left), meter, progress=progress)
 
     best = search.measured("equalised", origin.variant(STRENGTHS[0]))
-    if gates := silu_gates(Links(model.graph)):
+    if gates := silu_gates(model):
         ordered = gates_by_worth(best.model, {s.group: s.noise for s in noise_of(best)}, layout)
         for share in progress(GATE_SHARES, desc="through SiLU"):
             chosen_gates = first_gates(ordered, share)
             what = f"through {len(chosen_gates)} of {len(gates)} SiLUs ({share:.0%})"
             best = search.better(what, best, origin.variant(STRENGTHS[0], chosen_gates))
-    if search.score(plain) < search.score(best):
-        best = plain
+    best = search.better("not equalised", best, plain, gain_min=0)
     for name in progress(CALIBRATORS, desc="calibrators"):
         best = search.better(f"ranges: {name}", best, best.with_calibrator(name))
     for count in progress(FIRST_COUNTS, desc="first in float"):
@@ -203,17 +216,31 @@ def quantize(
     }
     report["disagreement"]["final"] = rounded(best.loss)
     (result,) = best.inserted(signed)
+    report["part of the float model's instructions"] = rounded(best.cost / whole)
     notes: tuple[str, ...] = ()
+    if limit is not None and best.cost > limit:
+        why = f"cost_max = {config.cost_max:g} is not met: the cheapest way found takes"
+        notes = (f"{why} {best.cost / whole:.2f} of the float model's instructions",)
     if config.refine:
-        from .refine import RefineConfig, kept_if_nearer, refine  # torch: not needed without
+        from .refine import (  # torch: not needed without
+            RefineConfig,
+            kept_if_nearer,
+            passes,
+            refine,
+        )
 
         held_out = set(check)
         others = [path for path in photos if path not in held_out] or photos
         settings, before = RefineConfig(photos=config.refine, seed=config.seed), result
-        result, report["refined"], notes = kept_if_nearer(
-            *(before, model, spec, check, config.refine),
+        result, report["refined"], more = kept_if_nearer(
+            before,
+            model,
+            spec,
+            check,
+            photos=passes(config.refine, others),
             train=lambda: refine(before, model, spec, others, settings, progress=progress),
         )
+        notes += more
         report["disagreement"]["final"] = rounded(fidelity.loss(result))
     write_spec(result, spec)
     return QuantizeResult(result, report, notes)

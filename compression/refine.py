@@ -62,6 +62,8 @@ TOLERANCE = 1e-3
 """Largest difference allowed between ONNX Runtime and torch, relative to the largest output."""
 PASSES_MAX = 20
 """No photo is looked at more often: a handful would be learned by heart."""
+SUM_TOLERANCE = 1e-3
+"""Of probabilities from 1."""
 
 
 def refine(
@@ -130,7 +132,7 @@ def imitate(
     ]
     averaged = copy.deepcopy(student)
     optimizer = RelativeAdam([p for p in student.parameters() if p.requires_grad], config.rate)
-    steps = math.ceil(min(config.photos, PASSES_MAX * len(photos)) / config.batch)
+    steps = math.ceil(passes(config.photos, photos) / config.batch)
     batches = _batches(photos, spec, config, steps)
     for step, tensors in enumerate(progress(batches, total=steps, desc="refine", unit="step")):
         part = step / steps
@@ -150,6 +152,11 @@ def imitate(
     return averaged
 
 
+def passes(asked: int, photos: Sequence[Path]) -> int:
+    """Returns how many photo passes training makes of those asked for: few photos wear out."""
+    return min(asked, PASSES_MAX * len(photos))
+
+
 def kept_if_nearer(
     model: Any,
     original: Any,
@@ -166,7 +173,7 @@ def kept_if_nearer(
         original: The float model.
         spec: Of both.
         check: Photos to compare on.
-        photos: Photo passes that training takes, for the figures.
+        photos: Photo passes that training makes (``passes``), for the figures.
         train: Returns the trained model.
         before: The ``distance`` of ``model``, where it is known.
 
@@ -247,6 +254,8 @@ def output_distance(spec: ModelSpec, found: Sequence[Tensor], wanted: Sequence[T
         found: The student's outputs.
         wanted: The teacher's.
     """
+    if spec.head == "classify":
+        return _choice_distance(found[0], wanted[0])
     ours, goal = _parts(spec, found), _parts(spec, wanted)
     sure = _confidence(spec, goal.scores).square()
     weight = torch.maximum(sure, _confidence(spec, ours.scores).square().detach())
@@ -264,6 +273,16 @@ def output_distance(spec: ModelSpec, found: Sequence[Tensor], wanted: Sequence[T
         size = goal.boxes.std(dim=(0, 1)).clamp_min(1e-6)
         error = ((ours.boxes - goal.boxes) / size).square().mean(2)
     return scores + (error * sure).sum() / total
+
+
+def _choice_distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the divergence of a classifier's choices; of logits, or of probabilities."""
+    sums_to_one = (wanted.sum(1) - 1).abs().max() <= SUM_TOLERANCE
+    if sums_to_one and wanted.min() >= 0:  # as heads.decode_classify tells them
+        p, q = (o.clamp_min(PROBABILITY_MIN).log() for o in (found, wanted))
+    else:
+        p, q = (o.log_softmax(1) for o in (found, wanted))
+    return (q.exp() * (q - p)).sum(1).mean()
 
 
 @dataclass(frozen=True)

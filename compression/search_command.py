@@ -30,7 +30,10 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "search", "with MODEL.onnx (or shipped) in place of a recipe: find the steps that meet this"
     )
     group.add_argument(
-        "--cost-max", type=float, metavar="PART", help="part of the cost that may be left, as 0.5"
+        "--cost-max",
+        type=float,
+        metavar="PART",
+        help="part of the cost that may be left, as 0.5; also with --quantize-only",
     )
     group.add_argument("--bytes-max", metavar="SIZE", help="size of the file, as 1MB")
     group.add_argument(

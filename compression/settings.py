@@ -240,6 +240,7 @@ class QuantizeStep(Strict):
         cost_weight: How much predicted instructions count against disagreement with the float
             model where variants are compared (as its power); 0: not at all. For a core without a
             table, those of Cortex-A76 stand in.
+        cost_max: At most this part of the float model's instructions, predicted.
     """
 
     kind: Literal["quantize"]
@@ -249,6 +250,7 @@ class QuantizeStep(Strict):
     weights: Literal[8, 7, 6, 5, 4, 3, 2, 1] = 8
     bytes_max: int | None = Field(None, ge=1)
     cost_weight: float = Field(1.0, ge=0, le=10)
+    cost_max: float | None = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _one_size(self) -> QuantizeStep:

@@ -48,6 +48,7 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
         integer_share_min=config.integer_share_min,
         refine=config.refine,
         cost_weight=config.cost_weight,
+        cost_max=config.cost_max,
     )
     photos, bars = job.photos.train_paths, _progress(job.progress)
     result = quantize(model, spec, photos, settings, progress=bars)

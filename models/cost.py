@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .core_costs import CORES
 from .cost_guest import MARK
 from .emulator import (
+    FORMAT,
     EmulatorError,
     Guest,
     boot,
@@ -233,7 +234,7 @@ def _cost(said: dict[str, Any], core: str, guest: Guest, version: str) -> Cost:
 
 
 def _place(digest: str, core: str, guest: Guest, version: str) -> Path:
-    name = f"{digest}-{core}-ort{guest.onnxruntime}-qemu{version}.json"
+    name = f"{digest}-{core}-ort{guest.onnxruntime}-qemu{version}-guest{FORMAT}.json"
     return cache_folder() / "costs" / name
 
 

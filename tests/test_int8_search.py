@@ -18,17 +18,20 @@ from edgesight.compression.calibrators import CALIBRATORS
 from edgesight.compression.int8_search import (
     Search,
     Variant,
+    effect,
     find_grids,
     first_gates,
+    gate_factor,
     gates_by_worth,
 )
 from edgesight.compression.onnx_io import tidy
 from edgesight.compression.predict import predicted_convs, predicted_others
-from edgesight.compression.qdq import insert, plan_layout
+from edgesight.compression.qdq import Links, insert, plan_layout
 from edgesight.compression.quantize import QuantizeConfig, quantize
 from edgesight.compression.recipe import make_recipe
-from edgesight.models.core_costs import CHANNELWISE, OPERATORS
-from edgesight.models.detector import open_session
+from edgesight.models import cost_guest
+from edgesight.models.core_costs import CHANNELWISE, OPERATORS, conv_instructions
+from edgesight.models.detector import WEIGHT_ROUNDING, open_session
 from edgesight.models.errors import RecipeError
 from onnx import TensorProto, helper
 
@@ -112,11 +115,9 @@ def opened(model: Any, folder: Path) -> tuple[Any, list[str]]:
 
 def quantized(model: Any, in_float: Sequence[str] = (), low: float = -4.0) -> Any:
     layout = plan_layout(model, in_float)
-    grids = {}
-    for name in layout.tensors:
-        maker = next((n for n in model.graph.node if name in n.output), None)
-        positive = maker is not None and maker.op_type == "Relu"
-        grids[layout.group[name]] = Grid.over(0.0 if positive else low, 4.0)
+    relus = {out for n in model.graph.node if n.op_type == "Relu" for out in n.output}
+    positive = {layout.group[name] for name in layout.tensors if name in relus}
+    grids = {g: Grid.over(0.0 if g in positive else low, 4.0) for g in layout.group.values()}
     return insert(model, layout, grids, signed=False)
 
 
@@ -197,6 +198,16 @@ def test_a_factor_per_channel_begins_anew_at_every_cell() -> None:
     assert predicted_others(quantized(model)) == pytest.approx(wanted)
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    found = []
+    for number in range(4):
+        image = np.random.default_rng(number).integers(0, 256, (80, 96, 3), dtype=np.uint8)
+        found.append(tmp_path_factory.mktemp("photos") / f"{number}.png")
+        cv2.imwrite(str(found[-1]), image)
+    return found
+
+
 def searched(weight: float) -> Search:
     return Search(None, "cortex-a76", True, weight)  # type: ignore[arg-type]
 
@@ -211,22 +222,53 @@ def test_disagreement_and_cost_weigh_alike_unless_told_otherwise() -> None:
     assert searched(1).score(variant(0.0, 100.0)) > 0, "cost counts where nothing is lost, too"
 
 
-def test_the_report_says_what_each_trial_cost_and_which_ranges_won(tmp_path: Path) -> None:
-    photos = []
-    for number in range(4):
-        image = np.random.default_rng(number).integers(0, 256, (80, 96, 3), dtype=np.uint8)
-        photos.append(tmp_path / f"{number}.png")
-        cv2.imwrite(str(photos[-1]), image)
-    dear = {}
+def test_within_a_limit_of_cost_what_is_nearer_to_it_wins_and_then_the_more_accurate() -> None:
+    def variant(loss: float, cost: float) -> Variant:
+        nodes = frozenset({str(cost)})
+        return Variant(None, None, {}, nodes, loss=loss, cost=cost)  # type: ignore[arg-type]
+
+    search = Search(None, "cortex-a76", True, 0.0, limit=100.0)  # type: ignore[arg-type]
+    rough, exact, dear, dearest = (
+        variant(*p) for p in ((0.5, 90), (0.3, 99), (0.2, 101), (0.1, 120))
+    )
+    for one in (rough, exact, dear, dearest):
+        search.known[one.key] = one.loss, one.cost
+    assert search.better("", rough, exact) == exact
+    assert search.better("", exact, dear) == exact
+    assert search.better("", dear, rough) == rough
+    assert search.better("", dearest, dear) == dear
+    assert search.better("", dear, dearest) == dear
+
+
+@pytest.mark.parametrize("cost_max", [0.01, 1.0])
+def test_a_limit_that_cannot_be_met_is_told(photos: list[Path], cost_max: float) -> None:
+    config = QuantizeConfig(photos_max=4, cost_max=cost_max)
+    result = quantize(graphs.detector("silu"), SPEC, photos, config, progress=quiet)
+    part = result.report["part of the float model's instructions"]
+    wanted = (
+        ()
+        if cost_max == 1
+        else (
+            "cost_max = 0.01 is not met: the cheapest way found takes "
+            f"{part:.2f} of the float model's instructions",
+        )
+    )
+    assert result.notes == wanted
+    assert part < 1
+
+
+def test_the_report_says_what_each_trial_cost_and_which_ranges_won(photos: list[Path]) -> None:
+    dear, tried = {}, {}
     for core in ("cortex-a76", "x86-64"):
         config = QuantizeConfig(target=core, photos_max=4)
         report = quantize(graphs.detector("silu"), SPEC, photos, config, progress=quiet).report
         assert report["ranges"] in CALIBRATORS
-        tried = set(report["disagreement"]) - {"final"}
-        assert {f"ranges: {name}" for name in CALIBRATORS if name != "least cubic error"} <= tried
-        assert any(name.startswith("through ") for name in tried)
+        tried[core] = set(report["disagreement"]) - {"final"}
+        others = {f"ranges: {name}" for name in CALIBRATORS if name != "least cubic error"}
+        assert others <= tried[core]
+        assert any(name.startswith("through ") for name in tried[core])
         dear[core] = report["million instructions"]
-    assert set(dear["cortex-a76"]) == tried
+    assert set(dear["cortex-a76"]) == tried["cortex-a76"]
     assert all(cost > 0 for cost in dear["cortex-a76"].values())
     assert dear["x86-64"] == {}, "no table, no figure"
 
@@ -325,7 +367,41 @@ def test_convolutions_of_one_and_three_axes_have_a_price(sizes: tuple[int, ...])
     del dims[2:]
     for _ in sizes:
         dims.add().dim_value = 16
-    assert predicted_convs(model, "cortex-a76") > 8 * 8 * np.prod(sizes) * 16 * 0.05
+    kernel, cells = (int(np.prod(sizes[:-1])), sizes[-1]), 16 ** len(sizes)
+    wanted = conv_instructions("cortex-a76", "float", 8, 8, kernel, 1, cells)
+    assert predicted_convs(model, "cortex-a76") == wanted
+    assert wanted != conv_instructions("cortex-a76", "float", 8, 8, (1, 1), 1, cells)
+
+
+def test_a_transposed_convolution_is_priced_by_its_weights_not_by_the_width_of_its_map() -> None:
+    prices = []
+    for side in (16, 32):
+        build = GraphBuilder()
+        weight = build.store("w", np.ones((8, 8, 2, 2), np.float32))
+        end = build.add("ConvTranspose", ["x", weight], strides=[2, 2])
+        model = graph_of(build, end, [1, 8, 2 * side, 2 * side])
+        for axis in (2, 3):
+            model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = side
+        prices.append(predicted_convs(model, "cortex-a76"))
+    wanted = [conv_instructions("cortex-a76", "float", 8, 32, (1, 1), 1, s * s) for s in (16, 32)]
+    assert prices == wanted
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (1, 8, 16, 16), (1, 1, 1, 1)])
+def test_a_scaled_gate_that_is_no_equalised_silu_is_left_alone(shape: tuple[int, ...]) -> None:
+    build = GraphBuilder()
+    x = build.conv("x", (8, 8), 3)
+    scaled = build.add("Mul", [x, build.store("f", np.full(shape, 2.0, np.float32))])
+    gate = build.add("Sigmoid", [scaled])
+    product = build.add("Mul", [x, gate]) if len(set(shape)) > 2 else gate
+    end = build.conv(product, (8, 8))
+    links = Links(graph_of(build, end, [1, 8, 16, 16]).graph)
+    assert gate_factor(links, links.maker[scaled]) is None
+    assert effect(links, x) == (None, None)
+
+
+def test_the_guest_leaves_the_same_pass_out_as_the_detector() -> None:
+    assert f'"{WEIGHT_ROUNDING}"' in Path(cost_guest.__file__).read_text()
 
 
 def test_a_recipe_and_a_config_weigh_cost_by_one_unless_told_otherwise(tmp_path: Path) -> None:

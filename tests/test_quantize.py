@@ -21,7 +21,7 @@ from edgesight.compression.equalise import (
 )
 from edgesight.compression.fidelity import disagreement
 from edgesight.compression.onnx_io import fold_preprocess, save_model, tidy
-from edgesight.compression.qdq import Links, body_nodes, plan_layout, quantize_weight
+from edgesight.compression.qdq import body_nodes, plan_layout, quantize_weight
 from edgesight.compression.quantize import QuantizeConfig, quantize
 from edgesight.models.detections import Detections
 from edgesight.models.detector import OnnxDetector
@@ -45,7 +45,7 @@ def picture(seed: int = 0) -> Any:
 @pytest.mark.parametrize("activation", ["silu", "leaky"])
 def test_equalisation_leaves_the_float_function_as_it_was(activation: str) -> None:
     model = tidy(detector(activation))
-    labels = label_channels(model, silu_gates(Links(model.graph)))
+    labels = label_channels(model, silu_gates(model))
     factor = np.exp(np.random.default_rng(2).normal(0, 2, labels.count)).astype(np.float32)
     factor[0] = 1
     scaled = rescale(model, labels, factor)

@@ -13,7 +13,6 @@ from edgesight.compression.calibrate import chosen_photos
 from edgesight.compression.equalise import label_channels, rescale, silu_gates
 from edgesight.compression.fidelity import Fidelity
 from edgesight.compression.onnx_io import fold_preprocess, save_model, tidy
-from edgesight.compression.qdq import Links
 from edgesight.compression.quantize import QuantizeConfig, quantize
 from edgesight.models.dataset import load_image
 from edgesight.models.detector import OnnxDetector
@@ -35,7 +34,7 @@ def photos(shared: Path, count: int, seed: int) -> list[Path]:
 def test_equalising_a_real_net_changes_nothing(shared: Path, name: str) -> None:
     path = shared / "weights" / name
     model, spec = tidy(load_model(path)), OnnxDetector(path).spec
-    labels = label_channels(model, silu_gates(Links(model.graph)))
+    labels = label_channels(model, silu_gates(model))
     factor = np.exp(np.random.default_rng(0).normal(0, 1, labels.count)).astype(np.float32)
     factor[0] = 1
     assert labels.count > 5000

@@ -15,6 +15,7 @@ import pytest
 import torch
 from edgesight.compression import refine as module
 from edgesight.compression.calibrate import chosen_photos, session
+from edgesight.compression.lowbit import LowBitConfig, lower
 from edgesight.compression.onnx_io import fold_preprocess, tidy
 from edgesight.compression.quantize import QuantizeConfig, quantize
 from edgesight.compression.refine import (
@@ -138,6 +139,40 @@ def test_distance_is_zero_for_equal_outputs_and_positive_else(head: str) -> None
     for i in range(len(wanted)):
         other = [w + 0.2 * (k == i) * torch.rand(w.shape) for k, w in enumerate(wanted)]
         assert float(output_distance(spec, other, wanted)) > 1e-4
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_distance_of_classifiers_is_that_of_their_choices(softmax: bool) -> None:
+    spec = ModelSpec(head="classify", input_hw=(32, 32), classes=("a", "b", "c"), strides=(32,))
+    one, other = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[2.0, 1.0, -1.0]])
+    if softmax:
+        one, other = one.softmax(1), other.softmax(1)
+    else:
+        shifted = output_distance(spec, [one + 5], [one])
+        assert float(shifted) == pytest.approx(0, abs=1e-6), "the same choice"
+    assert float(output_distance(spec, [one], [one])) == 0
+    assert float(output_distance(spec, [other], [one])) > 0.01
+
+
+@pytest.mark.parametrize("how", [{"refine": 8}, {"bytes_max": 3000}])
+def test_a_classifier_is_refined_and_made_smaller(photos: list[Path], how: dict[str, int]) -> None:
+    build = graphs.GraphBuilder()
+    x = build.add("Relu", [build.conv("images", (3, 8), 3, 2)])
+    x = build.add("Relu", [build.conv(x, (8, 16), 3, 2)])
+    x = build.conv(x, (16, 3), 1)
+    x = build.add("GlobalAveragePool", [x])
+    x = build.add("Reshape", [x, build.store("flat", np.array([-1, 3], np.int64))])
+    model = build.model(x, [1, 3])
+    spec = graphs.SPEC.with_changes(head="classify", classes=("a", "b", "c"))
+    config = QuantizeConfig(photos_max=4, refine=how.get("refine", 0))
+    result = quantize(model, spec, photos, config, progress=quiet)
+    if "refine" in how:
+        assert result.report["refined"]["photos"] == 8
+        assert not result.notes
+        return
+    low = LowBitConfig(8, how["bytes_max"], 4)
+    lowered = lower(result.model, model, spec, photos, low, progress=quiet)
+    assert lowered.report
 
 
 def test_an_unknown_operator_is_named() -> None:
