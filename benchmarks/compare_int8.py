@@ -25,6 +25,7 @@ import onnx
 from edgesight.compression.calibrate import chosen_photos, read_photos
 from edgesight.compression.onnx_io import fold_preprocess, save_model, tidy, write_spec
 from edgesight.compression.quantize import QuantizeConfig, quantize
+from edgesight.compression.report import finite
 from edgesight.compression.slim import shorten_names
 from edgesight.models.dataset import open_dataset
 from edgesight.models.detector import OnnxDetector
@@ -64,13 +65,15 @@ class Job:
 
 
 def ours(**settings: Any) -> Callable[[Job], Any]:
-    """Returns our method with these settings."""
+    """Returns our method with these settings; what it tried is kept beside the file."""
 
     def run(job: Job) -> Any:
         config = QuantizeConfig(photos_max=len(job.photos), **settings)
-        model = quantize(load_model(job.path), job.spec, job.photos, config).model
-        shorten_names(model)
-        return model
+        result = quantize(load_model(job.path), job.spec, job.photos, config)
+        shorten_names(result.model)
+        name = "_".join(f"{key}={value}" for key, value in settings.items()) or "defaults"
+        write_json(job.folder / f"tried_{name}.json", finite(dict(result.report)))
+        return result.model
 
     return run
 

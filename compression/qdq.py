@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,7 +304,8 @@ def insert(
                     node.input[index] = constant(name)
         if integer and is_weighted(node, links.stored):
             source = layout_input(node, links)
-            _weights(node, links, grids[layout.group[source]], store, nodes, weights or {})
+            grid = grids[layout.group[source]]
+            stored_in_8_bits(node, links, grid, store, nodes, (weights or {}).get(node.name))
         nodes.append(node)
         for name in node.output:
             if name in layout.group and name not in links.outputs:
@@ -330,10 +331,24 @@ def layout_input(node: Any, links: Links) -> str:
     return str(original.input[0])
 
 
-def _weights(
-    node: Any, links: Links, grid: Grid, store: Any, nodes: list[Any], given: Mapping[str, Weights]
+def stored_in_8_bits(
+    node: Any,
+    links: Links,
+    grid: Grid,
+    store: Callable[[str, Any], str],
+    nodes: list[Any],
+    given: Weights | None = None,
 ) -> None:
-    """Puts a weighted node's weights in 8 bits and its bias in 32 bits on the matching grid."""
+    """Puts a weighted node's weights in 8 bits and its bias in 32 bits on the matching grid.
+
+    Args:
+        node: Changed in place.
+        links: Of the float graph.
+        grid: Of the node's input.
+        store: Keeps a value under a name, and returns the name.
+        nodes: Where what the node reads its weights through is put.
+        given: Codes to use in place of rounding to nearest.
+    """
     onnx = require_onnx()
     numpy_helper = onnx.numpy_helper
     name = node.input[1]
@@ -345,7 +360,7 @@ def _weights(
     if has_bias:
         stored = numpy_helper.to_array(links.stored[node.input[2]]).astype(np.float32)
         bias = np.broadcast_to(stored.reshape(-1), bias.shape)
-    chosen = given.get(node.name) or quantize_weight(weight, bias, grid.scale, axis)
+    chosen = given or quantize_weight(weight, bias, grid.scale, axis)
     scales = chosen.scales
     _stored_codes(node, 1, chosen.codes, scales, axis, store, nodes)
     if has_bias:

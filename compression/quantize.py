@@ -29,6 +29,7 @@ from .onnx_io import tidy, write_spec
 from .predict import predicted_instructions
 from .qdq import CLIPPING_OPS, Links, is_weighted, plan_layout
 from .sensitivity import Budget, NoiseMeter, Sensitive, first_nodes, noisiest_nodes, scan
+from .wide import widen
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ TARGETS: dict[str, Target] = {
 }
 
 
+FALLBACKS: tuple[str, ...] = ("float", "int16")
+"""What stays out of 8 bits: as it is, or with 16-bit activations and 8-bit weights (``wide``)."""
 CHECK_PHOTOS = 64
 NOISE_PHOTOS = 4
 STRENGTHS = (0.75, 0.6, 0.9)
@@ -74,8 +77,10 @@ class QuantizeConfig:
             makes the file larger.
         refine: Photo passes of training after calibration; 0: none.
         cost_weight: How much a part of the cost counts against the same part of the disagreement
-            with the float model, where variants are compared; 0: not at all.
+            with the float model, where variants are compared; 0: not at all. None: 1, or 0 within
+            ``cost_max``.
         cost_max: At most this part of the float model's predicted instructions, 0..1; None: any.
+        fallback: Key of ``FALLBACKS``: what 8 bits harm too much stays in it.
     """
 
     target: str = "cortex-a76"
@@ -84,8 +89,16 @@ class QuantizeConfig:
     integer_share_min: float = 0.9
     float_parameters_max: float = 0.03
     refine: int = 0
-    cost_weight: float = 1.0
+    cost_weight: float | None = None
     cost_max: float | None = None
+    fallback: str = "float"
+
+    @property
+    def weight(self) -> float:
+        """How much a part of the cost counts."""
+        if self.cost_weight is not None:
+            return self.cost_weight
+        return 1.0 if self.cost_max is None else 0.0
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -99,7 +112,8 @@ class QuantizeConfig:
             (0 <= self.integer_share_min <= 1, "integer_share_min", "0..1"),
             (0 <= self.float_parameters_max <= 1, "float_parameters_max", "0..1"),
             (self.refine >= 0, "refine", "at least 0"),
-            (0 <= self.cost_weight <= 10, "cost_weight", "0..10"),
+            (0 <= self.weight <= 10, "cost_weight", "0..10"),
+            (self.fallback in FALLBACKS, "fallback", f"one of {', '.join(FALLBACKS)}"),
             (self.cost_max is None or 0 < self.cost_max <= 1, "cost_max", "above 0, at most 1"),
         )
         for fine, key, expected in checks:
@@ -165,7 +179,7 @@ def quantize(
     origin = Origin(model, seen, exact, layout.group)
     whole = predicted_instructions(model, core_of(config.target))
     limit = None if config.cost_max is None else config.cost_max * whole
-    search = Search(fidelity, config.target, signed, config.cost_weight, limit)
+    search = Search(fidelity, config.target, signed, config.weight, limit)
     report: dict[str, Any] = {
         "target": config.target,
         "activations": "int8" if signed else "uint8",
@@ -241,6 +255,9 @@ def quantize(
             train=lambda: refine(before, model, spec, others, settings, progress=progress),
         )
         notes += more
+        report["disagreement"]["final"] = rounded(fidelity.loss(result))
+    if config.fallback == "int16" and best.float_nodes:
+        result, report["tensors in 16 bits"] = widen(result, best)
         report["disagreement"]["final"] = rounded(fidelity.loss(result))
     write_spec(result, spec)
     return QuantizeResult(result, report, notes)

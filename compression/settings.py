@@ -238,9 +238,11 @@ class QuantizeStep(Strict):
         weights: Bits of the weights. Fewer than 8 make a smaller file, not a faster one.
         bytes_max: Size of the file, at most; each layer's bits are chosen by what they harm.
         cost_weight: How much predicted instructions count against disagreement with the float
-            model where variants are compared (as its power); 0: not at all. For a core without a
-            table, those of Cortex-A76 stand in.
+            model where variants are compared (as its power); 0: not at all. Usually 1, or 0 within
+            ``cost_max``. For a core without a table, those of Cortex-A76 stand in.
         cost_max: At most this part of the float model's instructions, predicted.
+        fallback: What 8 bits harm too much: in float, or (no faster in ONNX Runtime; for
+            accelerators) with 16-bit activations and 8-bit weights.
     """
 
     kind: Literal["quantize"]
@@ -249,8 +251,9 @@ class QuantizeStep(Strict):
     refine: int = Field(0, ge=0)
     weights: Literal[8, 7, 6, 5, 4, 3, 2, 1] = 8
     bytes_max: int | None = Field(None, ge=1)
-    cost_weight: float = Field(1.0, ge=0, le=10)
+    cost_weight: float | None = Field(None, ge=0, le=10)
     cost_max: float | None = Field(None, gt=0, le=1)
+    fallback: Literal["float", "int16"] = "float"
 
     @model_validator(mode="after")
     def _one_size(self) -> QuantizeStep:

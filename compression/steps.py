@@ -49,6 +49,7 @@ def run_quantize(state: State, config: QuantizeStep) -> tuple[State, StepReport]
         refine=config.refine,
         cost_weight=config.cost_weight,
         cost_max=config.cost_max,
+        fallback=config.fallback,
     )
     photos, bars = job.photos.train_paths, _progress(job.progress)
     result = quantize(model, spec, photos, settings, progress=bars)

@@ -405,9 +405,11 @@ def test_the_guest_leaves_the_same_pass_out_as_the_detector() -> None:
 
 
 def test_a_recipe_and_a_config_weigh_cost_by_one_unless_told_otherwise(tmp_path: Path) -> None:
-    assert QuantizeConfig().cost_weight == 1
+    assert QuantizeConfig().weight == 1
+    assert QuantizeConfig(cost_max=0.5).weight == 0
+    assert QuantizeConfig(cost_max=0.5, cost_weight=2).weight == 2
     values = {"version": 1, "data": {"photos": "p"}, "steps": [{"kind": "quantize"}]}
-    assert make_recipe(values, tmp_path).steps[0].cost_weight == 1  # type: ignore[union-attr]
+    assert make_recipe(values, tmp_path).steps[0].cost_weight is None  # type: ignore[union-attr]
     for wrong in (-1, 11):
         with pytest.raises(RecipeError, match=r"cost_weight: expected 0\.\.10"):
             QuantizeConfig(cost_weight=wrong)
