@@ -224,7 +224,7 @@ def compare(net: str, options: argparse.Namespace) -> None:
     for name in METHODS:
         if any(r["method"] == name for r in rows):
             continue
-        if options.only and not any(text in name for text in options.only):
+        if options.only and name not in options.only:
             continue
         rows.append(row(name, job, check, before))
         write_json(store, {"machine": machine(), "rows": rows})
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--net", choices=sorted(WEIGHTS), nargs="+", default=sorted(WEIGHTS))
     parser.add_argument("--photos", type=int, default=320, help="photos to calibrate on")
     parser.add_argument("--photos-max", type=int, help="photos that AP is measured on")
-    parser.add_argument("--only", nargs="+", default=[], help="rows whose names hold this text")
+    parser.add_argument("--only", nargs="+", default=[], choices=METHODS, metavar="ROW")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="data and weights")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_int8"))
     parser.add_argument("--seed", type=int, default=0)
