@@ -163,7 +163,9 @@ def quantize(
         message = "expected photos to calibrate on, found none; name a folder with some hundred"
         raise DatasetError(message)
     signed = TARGETS[config.target].signed
-    model, exact = lean(tidy(model))
+    model = tidy(model)
+    whole = predicted_instructions(model, core_of(config.target))
+    model, exact = lean(model)
     stored = Links(model.graph).stored
     if not any(n.op_type == "Conv" and is_weighted(n, stored) for n in model.graph.node):
         message = "expected convolutions with stored weights, found none; export a detector"
@@ -177,7 +179,6 @@ def quantize(
     wanted = [*layout.tensors, *clipped]  # these get a grid where what clips them stays in float
     seen = observe(model, wanted, chosen, spec, seed=config.seed, progress=progress)
     origin = Origin(model, seen, exact, layout.group)
-    whole = predicted_instructions(model, core_of(config.target))
     limit = None if config.cost_max is None else config.cost_max * whole
     search = Search(fidelity, config.target, signed, config.weight, limit)
     report: dict[str, Any] = {
