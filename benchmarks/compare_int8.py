@@ -124,8 +124,9 @@ def nncf(preset: str) -> Callable[[Job], Any]:
 METHODS: dict[str, Callable[[Job], Any]] = {
     "ours": ours(),
     "ours, at most 0.6 of the cost": ours(cost_max=0.6),
-    "ours, cost weighs double": ours(cost_weight=2.0),
-    "ours, at any cost": ours(cost_weight=0.0),
+    "ours, at most 0.65 of the cost, half in float": ours(
+        cost_max=0.65, integer_share_min=0.5, float_parameters_max=0.2
+    ),
     "ours, all in integers": ours(integer_share_min=1.0),
     f"ours, refined by {REFINE} photo passes (training)": ours(refine=REFINE),
     "ONNX Runtime, defaults": onnx_runtime("MinMax"),

@@ -39,6 +39,8 @@ def lean(model: Any) -> tuple[Any, dict[str, Grid]]:
     merge_focus(result)
     pool_first(result)
     grids = fold_normalisation(result)
+    if grids:
+        pair_columns(result)
     return result, grids
 
 
@@ -92,6 +94,65 @@ def fold_normalisation(model: Any) -> dict[str, Grid]:
     return dict.fromkeys((floats, last), Grid(1.0, offset))
 
 
+def pair_columns(model: Any) -> bool:
+    """Reads two neighbouring pixels as one cell of six channels, in place; exact.
+
+    Pixels lie in memory so already. Where the first convolution has even width, padding and stride
+    2 (what ``merge_focus`` makes), it is one of half the width and stride 1: an integer
+    convolution gathers its cells tap by tap, and over three channels that is most of its work.
+
+    Args:
+        model: What ``fold_normalisation`` made.
+
+    Returns:
+        Whether it was done.
+    """
+    links = Links(model.graph)
+    cast, turn = (n for n in model.graph.node if n.name in ("image_cast", "image_planes"))
+    convs = links.readers[turn.output[0]]
+    _, height, width, _ = (d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim)
+    if width % 2 or not all(_pairable(attributes(conv), links, conv) for conv in convs):
+        return False
+    for conv in convs:
+        weight, given = _value(links, conv.input[1]), attributes(conv)
+        halves = [weight[:, :, :, column::2] for column in (0, 1)]
+        links.stored[conv.input[1]].CopyFrom(
+            require_onnx().numpy_helper.from_array(np.concatenate(halves, 1), conv.input[1])
+        )
+        top, left, bottom, right = given.get("pads", [0] * 4)
+        _set_window(
+            conv,
+            kernel_shape=[weight.shape[2], weight.shape[3] // 2],
+            strides=[given["strides"][0], 1],
+            pads=[top, left // 2, bottom, right // 2],
+        )
+    helper, numpy_helper = require_onnx().helper, require_onnx().numpy_helper
+    shape = numpy_helper.from_array(np.array([-1, height, width // 2, 6]), "image_pairs_shape")
+    model.graph.initializer.append(shape)
+    pixels, cast.input[0] = cast.input[0], "image_pairs"
+    pairs = helper.make_node("Reshape", [pixels, shape.name], ["image_pairs"], "image_pairs")
+    set_nodes(model.graph, [pairs, *model.graph.node])
+    del model.graph.value_info[:]
+    return True
+
+
+def _pairable(given: dict[str, Any], links: Links, conv: Any) -> bool:
+    """Whether a convolution over pixels is one over pairs of them."""
+    pads, columns = given.get("pads", [0] * 4), links.stored[conv.input[1]].dims[3]
+    plain = given.get("auto_pad", b"NOTSET") in (b"", b"NOTSET")
+    plain = plain and set(given.get("dilations", [1])) == {1}
+    even = not (columns % 2 or pads[1] % 2 or pads[3] % 2)
+    return plain and even and list(given.get("strides", [1, 1]))[1] == 2
+
+
+def _set_window(conv: Any, **values: list[int]) -> None:
+    """Sets how a convolution goes over its input."""
+    for attribute in [a for a in conv.attribute if a.name in values]:
+        conv.attribute.remove(attribute)
+    make = require_onnx().helper.make_attribute
+    conv.attribute.extend(make(name, value) for name, value in values.items())
+
+
 def _foldable(node: Any, links: Links) -> bool:
     """Whether a node is a convolution over three planes with stored weights and bias."""
     if node.op_type != "Conv" or len(node.input) < 3:
@@ -132,13 +193,7 @@ def merge_focus(model: Any) -> int:
         _store(links, conv, 1, wide)
         conv.input[0] = focus.source
         pads = [2 * p for p in attributes(conv).get("pads", [0, 0, 0, 0])]
-        for name in ("kernel_shape", "strides", "pads"):
-            for attribute in [a for a in conv.attribute if a.name == name]:
-                conv.attribute.remove(attribute)
-        make = require_onnx().helper.make_attribute
-        conv.attribute.extend(
-            [make("kernel_shape", [2 * size] * 2), make("strides", [2, 2]), make("pads", pads)]
-        )
+        _set_window(conv, kernel_shape=[2 * size] * 2, strides=[2, 2], pads=pads)
         merged += 1
     if merged:  # only now: it voids the convolutions that are still to be looked at
         drop_dead(model)

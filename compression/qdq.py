@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.detections import FloatArray
-from ..models.graph import attributes, copied, require_onnx, set_nodes
+from ..models.graph import attributes, copied, require_onnx, set_nodes, tensor_shapes
 from .calibrate import Grid
 
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")
@@ -275,7 +275,9 @@ def insert(
         nodes.append(helper.make_node("QuantizeLinear", [name, *ends], [codes]))
         nodes.append(helper.make_node("DequantizeLinear", [codes, *ends], [read_as[name]]))
 
-    def constant(name: str) -> str:
+    widths: dict[str, int] = {}
+
+    def constant(name: str, beside: str) -> str:
         value = numpy_helper.to_array(links.stored[name]).astype(np.float32)
         grid = constant_grid(value)
         codes = np.clip(np.rint(value / grid.scale) + grid.zero_point, 0, 255) - 128 * signed
@@ -287,6 +289,14 @@ def insert(
         ]
         if name + DEQUANTIZED not in constants:
             constants.add(name + DEQUANTIZED)
+            if value.ndim == 4 and value.size == value.shape[1] > 1:
+                # One number per channel makes ONNX Runtime begin anew at every cell; one per
+                # channel and column, only in every row. Widened when the file is loaded.
+                widths.update(widths or _widths(model))
+                shape = np.array([*value.shape[:3], widths.get(beside, 1)], np.int64)
+                wide = [ends[0], store(f"{name}/shape", shape)]
+                nodes.append(helper.make_node("Expand", wide, [f"{name}/wide"]))
+                ends[0] = f"{name}/wide"
             nodes.append(helper.make_node("DequantizeLinear", ends, [name + DEQUANTIZED]))
         return name + DEQUANTIZED
 
@@ -299,11 +309,12 @@ def insert(
             if name in read_as:
                 node.input[index] = read_as[name]
         if integer and node.op_type in ("Add", "Mul"):
+            before = layout_inputs(node, links)
             for index, name in enumerate(node.input):
                 if name in links.stored:
-                    node.input[index] = constant(name)
+                    node.input[index] = constant(name, before[1 - index])
         if integer and is_weighted(node, links.stored):
-            source = layout_input(node, links)
+            source = layout_inputs(node, links)[0]
             grid = grids[layout.group[source]]
             stored_in_8_bits(node, links, grid, store, nodes, (weights or {}).get(node.name))
         nodes.append(node)
@@ -325,10 +336,14 @@ def constant_grid(value: FloatArray) -> Grid:
     return Grid.over(float(value.min()), float(value.max()))
 
 
-def layout_input(node: Any, links: Links) -> str:
-    """Returns the data input of a weighted node, as the float graph names it."""
-    original = next(n for n in links.graph.node if n.name == node.name)
-    return str(original.input[0])
+def layout_inputs(node: Any, links: Links) -> list[str]:
+    """Returns the inputs of a node, as the float graph names them."""
+    return [str(name) for n in links.graph.node if n.name == node.name for name in n.input]
+
+
+def _widths(model: Any) -> dict[str, int]:
+    """Returns the columns of every map."""
+    return {name: s[3] for name, s in tensor_shapes(model).items() if len(s) == 4 and s[3] > 0}
 
 
 def stored_in_8_bits(

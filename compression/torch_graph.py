@@ -41,17 +41,24 @@ class TorchGraph(nn.Module):
         super().__init__()
         onnx = require_onnx()
         links = Links(model.graph)
-        unknown = sorted({n.op_type for n in model.graph.node} - set(OPS) - set(QUANTIZERS))
+        widened = {  # torch widens what is stored by itself
+            n.output[0]: n.input[0]
+            for n in model.graph.node
+            if n.op_type == "Expand" and n.input[0] in links.stored
+        }
+        nodes = [n for n in model.graph.node if n.output[0] not in widened]
+        unknown = sorted({n.op_type for n in nodes} - set(OPS) - set(QUANTIZERS))
         if unknown:
             message = f"expected operators that training knows, found {', '.join(unknown)}"
             raise ModelFileError(message)
         self.input_name = str(model.graph.input[0].name)
         self.output_names = [str(o.name) for o in model.graph.output]
-        self._nodes = [(n, attributes(n)) for n in model.graph.node]
+        self._nodes = [(n, attributes(n)) for n in nodes]
         self._stored: dict[str, Tensor] = {
             name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(t)))
             for name, t in links.stored.items()
         }
+        self._stored.update((new, self._stored[old]) for new, old in widened.items())
         self.trained: dict[str, int] = {}
         values = nn.ParameterList()
         for node, _ in self._nodes:

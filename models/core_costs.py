@@ -151,7 +151,7 @@ nearest cell takes ten times what it takes in float."""
 POOL_TAPS: Final = 9
 """Of the poolings in the table."""
 CHANNELWISE: Final = 188
-"""An integer Mul by one factor per channel begins anew at every cell: so many more for each."""
+"""An integer Mul of two sizes begins anew wherever the smaller one ends: so many more each time."""
 
 
 def conv_instructions(

@@ -14,7 +14,13 @@ import onnx.compose
 import onnxruntime as ort
 import pytest
 from edgesight.compression.calibrate import Grid
-from edgesight.compression.lean import fold_normalisation, lean, merge_focus, pool_first
+from edgesight.compression.lean import (
+    fold_normalisation,
+    lean,
+    merge_focus,
+    pair_columns,
+    pool_first,
+)
 from edgesight.compression.onnx_io import fold_preprocess, tidy
 from edgesight.models.graph import copied
 from edgesight.models.spec import ModelSpec
@@ -154,6 +160,37 @@ def test_without_normalisation_pixels_stay_pixels() -> None:
     np.testing.assert_allclose(
         run(leaner, bytes_image())[0], run(model, bytes_image())[0], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("mean", [0.0, 114.0])
+def test_a_focus_reads_pairs_of_pixels(mean: float) -> None:
+    spec = SPEC.with_changes(input_hw=(16, 24), mean=(mean,) * 3, std=(2.0,) * 3)
+    model, _ = fold_preprocess(tidy(focus_net(3)), spec)
+    leaner, grids = lean(model)
+    onnx.checker.check_model(leaner, full_check=True)
+    kinds = [n.op_type for n in leaner.graph.node]
+    assert kinds == ["Reshape", "Cast", *["Sub"] * bool(mean), "Transpose", "Conv"]
+    conv = leaner.graph.node[-1]
+    weight = next(t for t in leaner.graph.initializer if t.name == conv.input[1])
+    assert list(weight.dims) == [5, 6, 6, 3]
+    assert len(grids) == 2
+    image = np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8)
+    wanted, got = run(model, image)[0], run(leaner, image)[0]
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["odd width", "odd kernel"])
+def test_what_cannot_be_paired_is_read_pixel_by_pixel(case: str) -> None:
+    model, _ = fold_preprocess(tidy(detector()), SPEC)  # 3x3, padding 1
+    if case == "odd width":
+        model, _ = fold_preprocess(tidy(focus_net(3)), SPEC.with_changes(input_hw=(16, 24)))
+        merge_focus(model)
+        assert fold_normalisation(model)
+        model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 23
+        assert not pair_columns(model)
+        return
+    leaner, _ = lean(model)
+    assert "image_pairs" not in {n.name for n in leaner.graph.node}
 
 
 def test_a_front_that_is_not_ours_is_left_alone() -> None:
