@@ -213,11 +213,12 @@ def main() -> None:
     write_json(store, {"machine": machine(), "rows": rows})
     if options.plot:
         stores = sorted(options.out.glob("*.json"), key=lambda path: path.stem != TABLE)
-        known_rows = {path.stem: json.loads(path.read_text())["rows"] for path in stores}
-        plot(
-            {stem: [r for r in rows if "ap" in r] for stem, rows in known_rows.items()},
-            options.plot,
-        )
+        tables = {path.stem: json.loads(path.read_text()).get("rows", []) for path in stores}
+        same = {
+            stem: [r for r in rows if "ap" in r and r.get("photos") == len(check)]
+            for stem, rows in tables.items()
+        }
+        plot({stem: rows for stem, rows in same.items() if rows}, options.plot)
     milliseconds = statistics.median(r["ms"] for r in rows)
     print(f"\n{name}, coco-val, {len(check)} photos; median {milliseconds:.1f} ms per photo here\n")
     print(as_table(rows))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import ModelFileError
-from ..models.graph import attributes, node_macs, opset_of, require_onnx
-from .traced import LAYER_OPS, QUANTIZERS, Traced, behind_activation
+from ..models.graph import QUANTIZERS, attributes, node_macs, opset_of, require_onnx
+from .traced import LAYER_OPS, Traced, behind_activation
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,10 @@ def _check(args: argparse.Namespace) -> None:
     }
     searched = given(args)
     if args.quantize_only is not None:
-        searched.pop("cost_max", None)  # which it knows, too
+        part = searched.pop("cost_max", None)  # which it knows, too
+        if part is not None and not 0 < part <= 1:
+            message = f"--cost-max: expected above 0, at most 1, found {part:g}"
+            raise InputError(message)
     if searched:
         wrong = ["--quantize-only"] if args.quantize_only is not None else []
         wrong += ["--refine"] if args.refine is not None else []
@@ -272,10 +275,10 @@ def _beside(model: Path) -> Path:
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    if given(args):
-        return "finished trials are stored; the same command goes on"
     if args.quantize_only is not None:
         return "nothing was written; run the same command again"
+    if given(args):
+        return "finished trials are stored; the same command goes on"
     name = "" if args.recipe is None else f" {args.recipe}"
     out = "" if args.out is None else f" --out {args.out}"
     return f"finished steps are stored; go on with: edgesight compress{name}{out}"

@@ -139,7 +139,7 @@ class Search:
         """Returns the variant with its loss, which signedness does not change, and its cost."""
         core = core_of(self.core)
         if variant.key not in self.known:
-            here, *others = variant.inserted(*{False: None, self.signed: None})
+            here, *others = variant.inserted(*dict.fromkeys((False, self.signed)))
             there = others[0] if others else here
             loss = self.fidelity.loss(here)
             self.known[variant.key] = loss, predicted_instructions(there, core)
@@ -288,7 +288,7 @@ def effect(links: Links, name: str) -> tuple[Function, Function]:
 def gate_factor(links: Links, node: Any) -> FloatArray | None:
     """Returns the factors that an equalised SiLU multiplies its sigmoid's input by.
 
-    That is ``Mul(x, Sigmoid(Mul(x, factor)))`` with one factor, not zero, per channel.
+    That is ``Mul(x, Sigmoid(Mul(x, factor)))`` with one positive factor per channel.
     """
     if node is None or node.op_type != "Mul" or node.input[1] not in links.stored:
         return None

@@ -127,7 +127,9 @@ def pair_columns(model: Any) -> bool:
             pads=[top, left // 2, bottom, right // 2],
         )
     helper, numpy_helper = require_onnx().helper, require_onnx().numpy_helper
-    shape = numpy_helper.from_array(np.array([-1, height, width // 2, 6]), "image_pairs_shape")
+    shape = numpy_helper.from_array(
+        np.array([-1, height, width // 2, 6], np.int64), "image_pairs_shape"
+    )
     model.graph.initializer.append(shape)
     pixels, cast.input[0] = cast.input[0], "image_pairs"
     pairs = helper.make_node("Reshape", [pixels, shape.name], ["image_pairs"], "image_pairs")

@@ -14,7 +14,7 @@ from ..models.spec import ModelSpec
 from .bits_graph import PLANES, packed_bytes
 from .calibrate import read_photos, session
 from .lowbit_round import Fit, Layer, as_column, file_bytes, packed_model, weight_count
-from .qdq import Links
+from .qdq import Links, widened_codes
 
 PROBE_BITS: Final = 4
 """Width at which each layer's harm is measured; at others it goes with the layer's own error."""
@@ -135,14 +135,18 @@ def in_float(model: Any) -> Any:
     array = onnx.numpy_helper.to_array
     same: dict[str, str] = {}
     nodes = []
+    widened = widened_codes(links)
+    stored = {**links.stored, **{new: links.stored[old] for new, old in widened.items()}}
     for node in graph.node:
+        if node.output[0] in widened:
+            continue
         for index, name in enumerate(node.input):
             node.input[index] = same.get(name, name)
-        is_stored = node.op_type == "DequantizeLinear" and node.input[0] in links.stored
+        is_stored = node.op_type == "DequantizeLinear" and node.input[0] in stored
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not is_stored:
             same[node.output[0]] = node.input[0]
         elif is_stored:
-            codes, scale, *zero = (array(links.stored[name]) for name in node.input)
+            codes, scale, *zero = (array(stored[name]) for name in node.input)
             axis = attributes(node).get("axis", 1)
             ends = [scale, *zero]
             if scale.ndim:

@@ -8,7 +8,9 @@ activations that are known. So they can be replaced by cheaper ones (``activatio
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -27,18 +29,24 @@ KNOWN: Final[dict[str, Callable[[], nn.Module]]] = {
 }
 """Activations that are looked for, beside LeakyReLU of any slope."""
 TOLERANCE: Final = 1e-5
-"""Largest difference from a known activation, from -10 to 10."""
+"""Largest difference from a known activation, as a part of the number (of 1, if that is more)."""
+FAR: Final = (-1e4, -100.0, -30.0, -15.0, 15.0, 30.0, 100.0, 1e4)
+"""Compared, too: what is clipped far out is no plain activation."""
 NODES_MAX: Final = 10
 """Operators that one activation is drawn with, at most."""
 _CALLS: Final = (
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.neg,
-    torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.softplus, F.relu, F.relu6, F.hardsigmoid,
-    F.hardtanh, F.silu, F.hardswish, F.mish, F.gelu, F.leaky_relu, "sigmoid", "tanh", "mul", "neg",
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
+    torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.pow, torch.exp, torch.log,
+    torch.sigmoid, torch.tanh, torch.erf, torch.clamp, F.sigmoid, F.tanh, F.softplus, F.relu,
+    F.relu6, F.hardsigmoid, F.hardtanh, F.silu, F.hardswish, F.mish, F.gelu, F.leaky_relu,
+    "sigmoid", "tanh", "add", "sub", "mul", "div", "neg", "pow", "clamp",
 )  # fmt: skip
 _MODULES: Final = (
     nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.ReLU, nn.ReLU6, nn.Hardtanh,
 )  # fmt: skip
-_CONVERTED: Final = ("OnnxHardSigmoid", "OnnxErf", "OnnxClip", "OnnxPow", "OnnxNeg")
+_CONVERTED: Final = (
+    "OnnxHardSigmoid", "OnnxErf", "OnnxClip", "OnnxPow", "OnnxNeg", "OnnxFunction",
+)  # fmt: skip
 
 
 def merge_activations(graph: fx.GraphModule) -> dict[str, int]:
@@ -50,21 +58,27 @@ def merge_activations(graph: fx.GraphModule) -> dict[str, int]:
     Returns:
         Name of a known activation -> how many were found.
     """
-    numbers = torch.linspace(-10, 10, 401)
+    numbers = torch.cat([torch.linspace(-10, 10, 401), torch.tensor(FAR)])
+    calls = Counter(n.target for n in graph.graph.nodes if n.op == "call_module")
     modules = dict(graph.named_modules())
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
     found: dict[str, int] = {}
     for last in reversed(list(graph.graph.nodes)):
         if not last.users or not _elementwise(last, modules):
             continue
-        for first, inside in _closed_parts(graph, last, modules):
+        for first, inside in _closed_parts(graph, last, modules, order):
             values = _computed(graph, first, inside, numbers)
             name, module = _recognised(numbers, values)
             if module is None:
                 continue
-            target = next((n.target for n in inside if n.op == "call_module"), last.name)
-            graph.add_submodule(str(target), module)
+            # The name of a module in the part, where it says which layer it is of.
+            alone = (str(n.target) for n in inside if calls[n.target] == 1)
+            fresh = (f"activation_{i}" for i in itertools.count())
+            target = next(alone, None) or next(n for n in fresh if n not in modules)
+            modules[target] = module
+            graph.add_submodule(target, module)
             with graph.graph.inserting_before(last):
-                new = graph.graph.call_module(str(target), (first,))
+                new = graph.graph.call_module(target, (first,))
             new.meta = dict(last.meta)
             last.replace_all_uses_with(new)
             for node in reversed(inside):
@@ -84,18 +98,25 @@ def _elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _closed_parts(
-    graph: fx.GraphModule, last: fx.Node, modules: dict[str, nn.Module]
+    graph: fx.GraphModule,
+    last: fx.Node,
+    modules: dict[str, nn.Module],
+    order: dict[fx.Node, int],
 ) -> list[tuple[fx.Node, list[fx.Node]]]:
     """Returns the parts of the graph that end in a node and hang on one other alone.
 
     Returns:
         Pairs of the node before a part and the part's nodes, in order; smallest first.
     """
-    order = {node: place for place, node in enumerate(last.graph.nodes)}
 
     def read_by(node: fx.Node) -> set[fx.Node]:
         values = {read: constant(graph, read) for read in node.all_input_nodes}
-        return {read for read, value in values.items() if value is None or value.numel() > 1}
+        fixed = {
+            read
+            for read, value in values.items()
+            if value is not None and value.numel() == 1 and not isinstance(value, nn.Parameter)
+        }
+        return set(values) - fixed
 
     inside, open_ends = {last}, read_by(last)
     found = []
@@ -117,7 +138,7 @@ def _computed(
     graph: fx.GraphModule, first: fx.Node, inside: list[fx.Node], numbers: Tensor
 ) -> Tensor | None:
     """Returns what a part makes of numbers; None if it cannot be run on them alone."""
-    known: dict[Any, Any] = {first: numbers}
+    known: dict[Any, Any] = {first: numbers.clone()}  # an activation may work in place
     try:
         with torch.no_grad():
             for node in inside:
@@ -146,6 +167,7 @@ def _recognised(numbers: Tensor, values: Tensor | None) -> tuple[str, nn.Module 
     if 0 < slope < 1:
         candidates["LeakyReLU"] = nn.LeakyReLU(round(slope, 6))
     for name, module in candidates.items():
-        if (module(numbers) - values).abs().max() <= TOLERANCE:
+        gap = (module(numbers) - values).abs() / numbers.abs().clamp_min(1)
+        if gap.max() <= TOLERANCE:
             return name, module
     return "", None

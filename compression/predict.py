@@ -73,7 +73,9 @@ class _Reader:
         ends = [r for out in node.output for r in self.links.readers[out]]
         if len(ends) == 1 and ends[0].op_type in CLIPPING_OPS:
             ends = self.links.readers[ends[0].output[0]]
-        grids = bool(makers) and all(m is not None and m.op_type == DEQUANTIZE for m in makers)
+        grids = bool(makers) and all(
+            m is not None and m.op_type == DEQUANTIZE and not m.domain for m in makers
+        )
         return grids and bool(ends) and all(e.op_type == QUANTIZE for e in ends)
 
     def _maker(self, name: str) -> Any:
@@ -147,9 +149,10 @@ def predicted_convs(model: Any, core: str) -> float:
         kind = _numbers(node, producer, stored)
         if node.op_type == "ConvTranspose":  # in float, whatever is around it: one product
             inputs, per_group, *sizes = shapes[node.input[1]]
-            outputs = per_group * attributes(node).get("group", 1) * int(np.prod(sizes))
+            groups, outputs = attributes(node).get("group", 1), per_group * int(np.prod(sizes))
             cells = int(np.prod(shapes[node.input[0]][2:]))
-            total += conv_instructions(core, "float", inputs, outputs, (1, 1), 1, cells)
+            each = conv_instructions(core, "float", inputs // groups, outputs, (1, 1), 1, cells)
+            total += groups * each
             continue
         if node.op_type != "Conv":  # a matrix product is a 1x1 convolution of one cell
             outputs = shapes[node.output[0]][-1]
@@ -175,4 +178,6 @@ def _numbers(node: Any, producer: dict[str, Any], stored: dict[str, Any]) -> str
     if len(readers) < 2:
         return "float"
     zero = stored.get(readers[0].input[2]) if len(readers[0].input) > 2 else None
+    if readers[0].domain:  # 16 bits: ONNX Runtime multiplies floats
+        return "float"
     return "s8" if zero is not None and zero.data_type == INT8 else "u8"

@@ -69,6 +69,15 @@ class Links:
         return [n for n in names if n and n not in self.stored]
 
 
+def widened_codes(links: Links) -> dict[str, str]:
+    """Returns tensors that are stored codes, widened on loading -> the stored ones."""
+    return {
+        node.output[0]: str(node.input[0])
+        for node in links.graph.node
+        if node.op_type == "Expand" and node.input[0] in links.stored
+    }
+
+
 def is_weighted(node: Any, stored: Collection[str]) -> bool:
     """Whether a node multiplies its data by stored weights."""
     return node.op_type in WEIGHT_OPS and len(node.input) > 1 and node.input[1] in stored
@@ -126,7 +135,7 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
         ready = node.op_type in INTEGER_READY and node.name not in float_nodes
         ready = ready and not truncates(node)
         if node.op_type in WEIGHT_OPS:
-            ready = ready and is_weighted(node, links.stored) and _bias_fits(node, links)
+            ready = ready and is_weighted(node, links.stored) and bias_fits(node, links)
         elif node.op_type in CLIPPING_OPS:
             source = links.maker.get(node.input[0])
             ready = ready and source is not None and source.name in nodes
@@ -176,7 +185,7 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
     return Layout(frozenset(nodes), tuple(on_grid), {name: first(name) for name in on_grid})
 
 
-def _bias_fits(node: Any, links: Links) -> bool:
+def bias_fits(node: Any, links: Links) -> bool:
     """Whether a weighted node's bias is one number per output channel, or one for all."""
     if len(node.input) < 3 or node.input[2] not in links.stored:
         return True
@@ -276,8 +285,9 @@ def insert(
         nodes.append(helper.make_node("DequantizeLinear", [codes, *ends], [read_as[name]]))
 
     widths: dict[str, int] = {}
+    originals = {node.name: node for node in model.graph.node}
 
-    def constant(name: str, beside: str) -> str:
+    def constant(name: str, width: int) -> str:
         value = numpy_helper.to_array(links.stored[name]).astype(np.float32)
         grid = constant_grid(value)
         codes = np.clip(np.rint(value / grid.scale) + grid.zero_point, 0, 255) - 128 * signed
@@ -287,18 +297,19 @@ def insert(
             store(f"{name}/scale", np.float32(grid.scale)),
             store(f"{name}/zero", kind(grid.zero_point - 128 * signed)),
         ]
-        if name + DEQUANTIZED not in constants:
-            constants.add(name + DEQUANTIZED)
-            if value.ndim == 4 and value.size == value.shape[1] > 1:
-                # One number per channel makes ONNX Runtime begin anew at every cell; one per
-                # channel and column, only in every row. Widened when the file is loaded.
-                widths.update(widths or _widths(model))
-                shape = np.array([*value.shape[:3], widths.get(beside, 1)], np.int64)
-                wide = [ends[0], store(f"{name}/shape", shape)]
-                nodes.append(helper.make_node("Expand", wide, [f"{name}/wide"]))
-                ends[0] = f"{name}/wide"
-            nodes.append(helper.make_node("DequantizeLinear", ends, [name + DEQUANTIZED]))
-        return name + DEQUANTIZED
+        stem = name
+        if value.ndim == 4 and value.size == value.shape[1] > 1 and width > 1:
+            # One number per channel makes ONNX Runtime begin anew at every cell; one per channel
+            # and column, only in every row. Widened when the file is loaded.
+            stem = f"{name}/{width}"
+            wide = [ends[0], store(f"{stem}/shape", np.array([1, value.size, 1, width], np.int64))]
+            ends[0] = f"{stem}/wide"
+            if stem not in constants:
+                nodes.append(helper.make_node("Expand", wide, ends[:1]))
+        if stem not in constants:
+            constants.add(stem)
+            nodes.append(helper.make_node("DequantizeLinear", ends, [stem + DEQUANTIZED]))
+        return stem + DEQUANTIZED
 
     for entry in graph.input:
         if entry.name in layout.group:
@@ -309,12 +320,13 @@ def insert(
             if name in read_as:
                 node.input[index] = read_as[name]
         if integer and node.op_type in ("Add", "Mul"):
-            before = layout_inputs(node, links)
+            before = originals[node.name].input
             for index, name in enumerate(node.input):
                 if name in links.stored:
-                    node.input[index] = constant(name, before[1 - index])
+                    widths.update(widths or _widths(model))
+                    node.input[index] = constant(name, widths.get(before[1 - index], 1))
         if integer and is_weighted(node, links.stored):
-            source = layout_inputs(node, links)[0]
+            source = originals[node.name].input[0]
             grid = grids[layout.group[source]]
             stored_in_8_bits(node, links, grid, store, nodes, (weights or {}).get(node.name))
         nodes.append(node)
@@ -334,11 +346,6 @@ def constant_grid(value: FloatArray) -> Grid:
     if steps.min() >= 0 and steps.max() <= 255 and np.array_equal(steps, np.rint(steps)):
         return Grid(FACTOR_STEP, 0)
     return Grid.over(float(value.min()), float(value.max()))
-
-
-def layout_inputs(node: Any, links: Links) -> list[str]:
-    """Returns the inputs of a node, as the float graph names them."""
-    return [str(name) for n in links.graph.node if n.name == node.name for name in n.input]
 
 
 def _widths(model: Any) -> dict[str, int]:

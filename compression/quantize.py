@@ -80,7 +80,7 @@ class QuantizeConfig:
             with the float model, where variants are compared; 0: not at all. None: 1, or 0 within
             ``cost_max``.
         cost_max: At most this part of the float model's predicted instructions, 0..1; None: any.
-        fallback: Key of ``FALLBACKS``: what 8 bits harm too much stays in it.
+        fallback: One of ``FALLBACKS``: what 8 bits harm too much stays in it.
     """
 
     target: str = "cortex-a76"
@@ -234,8 +234,10 @@ def quantize(
     report["part of the float model's instructions"] = rounded(best.cost / whole)
     notes: tuple[str, ...] = ()
     if limit is not None and best.cost > limit:
+        core = core_of(config.target)
+        where = "" if core == config.target else f" on {core}, which stands in for {config.target}"
         why = f"cost_max = {config.cost_max:g} is not met: the cheapest way found takes"
-        notes = (f"{why} {best.cost / whole:.2f} of the float model's instructions",)
+        notes = (f"{why} {best.cost / whole:.2f} of the float model's instructions{where}",)
     if config.refine:
         from .refine import (  # torch: not needed without
             RefineConfig,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import ModelFileError
-from ..models.graph import attributes, require_onnx
-from .qdq import WEIGHT_OPS, Links
+from ..models.graph import QUANTIZERS, attributes, require_onnx
+from .qdq import WEIGHT_OPS, Links, widened_codes
 
 Attributes = dict[str, Any]
 
@@ -41,11 +41,7 @@ class TorchGraph(nn.Module):
         super().__init__()
         onnx = require_onnx()
         links = Links(model.graph)
-        widened = {  # torch widens what is stored by itself
-            n.output[0]: n.input[0]
-            for n in model.graph.node
-            if n.op_type == "Expand" and n.input[0] in links.stored
-        }
+        widened = widened_codes(links)  # torch widens what is stored by itself
         nodes = [n for n in model.graph.node if n.output[0] not in widened]
         unknown = sorted({n.op_type for n in nodes} - set(OPS) - set(QUANTIZERS))
         if unknown:
@@ -123,11 +119,13 @@ class TorchGraph(nn.Module):
 
 
 WEIGHT_CODE_MAX: Final = 127
+ENDS: Final = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.uint16: (0, 65535)}
+"""Of the codes of each type of zero point."""
 
 
 def rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Returns ``x`` on its 8-bit grid; gradients pass where it was not clipped."""
-    low, high = (-128, 127) if zero.dtype == torch.int8 else (0, 255)
+    low, high = ENDS[zero.dtype]
     result: Tensor = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero), low, high)
     return result
 
@@ -270,4 +268,3 @@ OPS: Final[dict[str, Callable[[Attributes, list[Any]], Any]]] = {
     "Transpose": lambda a, x: x[0].permute(a["perm"]),
 }
 """Operator -> what it does with its attributes and inputs; anything else is refused."""
-QUANTIZERS: Final = ("DequantizeLinear", "QuantizeLinear")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..models.graph import require_onnx, tensor_shapes
+from ..models.graph import QUANTIZERS, require_onnx, tensor_shapes
 from .calibrate import session
 from .qdq import Links
 
@@ -29,7 +29,6 @@ which of its inputs are parameters, the weights first."""
 ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "HardSwish", "PRelu", "Elu", "Mish", "Gelu")
 GATES = ("Sigmoid", "HardSigmoid")
 """With a Mul behind them they are SiLU and hard-swish."""
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 Array = npt.NDArray[Any]
 

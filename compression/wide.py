@@ -2,8 +2,8 @@
 
 ONNX Runtime's CPU computes such layers in float, and rounds their tensors besides: it is no faster
 than leaving them in float. It is for runtimes and accelerators that multiply 16-bit activations by
-8-bit weights, which then find no float layer in the file; and their weights take a quarter of the
-bytes.
+8-bit weights, which then find nothing in float that the search left there; and its weights take a
+quarter of the bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import numpy as np
 from ..models.graph import copied, require_onnx, set_nodes
 from .calibrate import Grid
 from .int8_search import Variant
-from .qdq import Layout, Links, body_nodes, is_weighted, plan_layout, stored_in_8_bits
+from .qdq import (
+    Layout,
+    Links,
+    bias_fits,
+    body_nodes,
+    is_weighted,
+    plan_layout,
+    stored_in_8_bits,
+)
 
 WIDE_STEPS: Final = 65535
 DOMAIN: Final = "com.microsoft"
@@ -59,6 +67,9 @@ def widen(quantized: Any, variant: Variant) -> tuple[Any, int]:
         ):
             nodes.append(helper.make_node(kind, [source, *ends], [end], domain=DOMAIN))
 
+    for entry in graph.input:
+        if entry.name in grids:
+            pair(entry.name)
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = read_as.get(name, name)
@@ -66,7 +77,7 @@ def widen(quantized: Any, variant: Variant) -> tuple[Any, int]:
             source = next(n.input[0] for n in before.graph.node if n.name == node.name)
             group = layout.group.get(source)
             grid = grids.get(source) or (None if group is None else narrow[group])
-            if grid is not None:
+            if grid is not None and bias_fits(node, links):
                 stored_in_8_bits(node, links, grid, store, nodes)
         nodes.append(node)
         for name in node.output:

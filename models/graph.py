@@ -13,6 +13,7 @@ import numpy as np
 from .errors import MissingExtraError, ModelFileError
 from .files import is_file
 
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 MAC_OPS = ("Conv", "Gemm", "MatMul")
 FLOAT_CONV_OPS = ("Conv", "FusedConv", "NhwcFusedConv")
 UNPACKING_OPS = ("Add", "Cast", "Gather", "Reshape", "Slice")
@@ -165,6 +166,11 @@ def parameters(model: Any) -> int:
 def tensor_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor that shape inference finds; unknown sizes are 0."""
     onnx = require_onnx()
+    if any(node.op_type in QUANTIZERS and node.domain for node in model.graph.node):
+        model = copied(model)  # ONNX does not know the sizes of ONNX Runtime's own 16-bit ones
+        for node in model.graph.node:
+            if node.op_type in QUANTIZERS:
+                node.domain = ""
     try:
         inferred = onnx.shape_inference.infer_shapes(model).graph
     except Exception:  # operators that onnx does not know

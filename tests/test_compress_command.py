@@ -122,6 +122,8 @@ def test_the_demonstration(
         (["r.toml", "--target", "x86-64"], "expected --target with --quantize-only"),
         (["r.toml", "--refine", "0"], "expected --refine with --quantize-only"),
         (["--quantize-only", "m.onnx"], "expected --photos DIR"),
+        (["--quantize-only", "m.onnx", "--cost-max", "2"], "--cost-max: expected above 0"),
+        (["--quantize-only", "m.onnx", "--bytes-max", "1MB"], "--bytes-max without --quantize"),
         (["--quantize-only", "m.onnx", "--photos", "photos"], "m.onnx: expected an ONNX model"),
         (["r.toml", "--quantize-only", "m.onnx", "--photos", "photos"], "found both"),
         (["--quantize-only", "bad.onnx", "--photos", "photos"], "bad.onnx: expected an ONNX"),

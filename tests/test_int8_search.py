@@ -24,6 +24,7 @@ from edgesight.compression.int8_search import (
     gate_factor,
     gates_by_worth,
 )
+from edgesight.compression.lowbit_choice import in_float
 from edgesight.compression.onnx_io import tidy
 from edgesight.compression.predict import predicted_convs, predicted_others
 from edgesight.compression.qdq import Links, insert, plan_layout
@@ -329,6 +330,30 @@ def test_rounding_around_a_float_convolution_is_paid_for_and_it_runs_in_float(
     assert sum("Conv" in kind for kind in kinds) == 4
 
 
+def test_one_factor_for_maps_of_two_widths(tmp_path: Path) -> None:
+    build = GraphBuilder()
+    factor = build.store("f", np.full((1, 8, 1, 1), 0.5, np.float32))
+    large = build.conv("x", (8, 8), 3)
+    small = build.conv("x", (8, 8), 3, 2)
+    ends = [
+        build.conv(build.add("Mul", [y, factor]), (8, 8), 3, s) for y, s in ((large, 2), (small, 1))
+    ]
+    model = graph_of(build, build.add("Add", ends), [1, 8, 8, 8])
+    both = quantized(model)
+    assert sum(n.op_type == "Expand" for n in both.graph.node) == 2
+    runner, kinds = opened(both, tmp_path)
+    assert kinds.count("QLinearMul") == 2
+    x = np.random.default_rng(1).normal(0, 1, (1, 8, 16, 16)).astype(np.float32)
+    wanted, got = opened(model, tmp_path)[0].run(None, {"x": x})[0], runner.run(None, {"x": x})[0]
+    assert np.corrcoef(wanted.ravel(), got.ravel())[0, 1] > 0.98
+    floats = in_float(both)
+    assert not {"Expand", "QuantizeLinear", "DequantizeLinear"} & {
+        n.op_type for n in floats.graph.node
+    }
+    plain = opened(floats, tmp_path)[0].run(None, {"x": x})[0]
+    assert np.corrcoef(wanted.ravel(), plain.ravel())[0, 1] > 0.999
+
+
 def test_a_factor_that_is_computed_costs_more_than_a_stored_one_and_a_single_one_least() -> None:
     def cost(factor_shape: list[int], computed: bool) -> float:
         build = GraphBuilder()
@@ -386,17 +411,19 @@ def test_convolutions_of_one_and_three_axes_have_a_price(sizes: tuple[int, ...])
 
 
 def test_a_transposed_convolution_is_priced_by_its_weights_not_by_the_width_of_its_map() -> None:
-    prices = []
-    for side in (16, 32):
+    prices = {}
+    for side, groups in ((16, 1), (32, 1), (32, 8)):
         build = GraphBuilder()
-        weight = build.store("w", np.ones((8, 8, 2, 2), np.float32))
-        end = build.add("ConvTranspose", ["x", weight], strides=[2, 2])
+        weight = build.store("w", np.ones((8, 8 // groups, 2, 2), np.float32))
+        end = build.add("ConvTranspose", ["x", weight], strides=[2, 2], group=groups)
         model = graph_of(build, end, [1, 8, 2 * side, 2 * side])
         for axis in (2, 3):
             model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = side
-        prices.append(predicted_convs(model, "cortex-a76"))
-    wanted = [conv_instructions("cortex-a76", "float", 8, 32, (1, 1), 1, s * s) for s in (16, 32)]
-    assert prices == wanted
+        prices[side, groups] = predicted_convs(model, "cortex-a76")
+    one = conv_instructions("cortex-a76", "float", 8, 32, (1, 1), 1, 1024)
+    assert prices[32, 1] == one
+    assert 3 < prices[32, 1] / prices[16, 1] < 4.1, "four times the cells"
+    assert prices[32, 8] != prices[32, 1], "eight small ones"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16, 16), (1, 8, 16, 16), (1, 1, 1, 1)])

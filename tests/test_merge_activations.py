@@ -26,6 +26,8 @@ DRAWN: dict[str, tuple[Function, str]] = {
     "hard-swish by hard-sigmoid": (lambda x: x * F.hardsigmoid(x), "hard_swish"),
     "mish": (lambda x: x * torch.tanh(F.softplus(x)), "silu"),
     "leaky": (lambda x: F.leaky_relu(x, 0.1), "leaky_relu"),
+    "in place": (lambda x: F.leaky_relu(x * 1.0, 0.1, inplace=True), "leaky_relu"),
+    "hard-swish by clamp": (lambda x: torch.mul(x, torch.clamp(x + 3, 0, 6)) / 6, "hard_swish"),
 }
 
 
@@ -75,6 +77,62 @@ def test_what_only_looks_like_one_stays(function: Function) -> None:
         torch.testing.assert_close(graph(x), net(x))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.clamp(x * torch.sigmoid(x), -20, 20),
+        lambda x: F.hardtanh(F.leaky_relu(x, 0.1), -12, 12),
+    ],
+)
+def test_a_clip_behind_an_activation_stays(function: Function) -> None:
+    torch.manual_seed(0)
+    net = Net(function).eval()
+    x = torch.randn(1, 3, 8, 8) * 100
+    graph = trace(net)
+    assert sum(merge_activations(graph).values()) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), net(x))
+
+
+class Shared(nn.Module):
+    """One sigmoid for a SiLU and for something else; a convolution with the name of a node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.mul = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a batch [B, 3, H, W] to [B, 4, H, W]."""
+        y: Tensor = self.one(x)
+        y = self.mul(y * self.sigmoid(y))
+        y = y * self.sigmoid(y)
+        return self.sigmoid(y)
+
+
+def test_a_module_that_is_called_in_several_places_stays_what_it_is() -> None:
+    torch.manual_seed(0)
+    net = Shared().eval()
+    x = torch.randn(1, 3, 8, 8) * 5
+    graph = trace(net)
+    assert merge_activations(graph) == {"SiLU": 2}
+    assert len(activations_of(graph)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), net(x))
+
+
+def test_a_learned_slope_stays_learned() -> None:
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beta = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.beta * x)
+
+    assert merge_activations(trace(Swish())) == {}
+
+
 def test_a_gate_that_others_read_stays() -> None:
     def function(x: Tensor) -> Tensor:
         gate = torch.sigmoid(x)
@@ -84,25 +142,34 @@ def test_a_gate_that_others_read_stays() -> None:
     assert merge_activations(graph) == {}
 
 
-def test_gelu_by_erf_in_an_onnx_graph() -> None:
-    """What exporters draw where the opset has no GELU."""
+GELU = [
+    ("Div", ["x", "root"], "a"), ("Erf", ["a"], "b"), ("Add", ["b", "one"], "c"),
+    ("Mul", ["x", "c"], "d"), ("Mul", ["d", "half"], "y"),
+]  # fmt: skip
+MISH = [("Softplus", ["x"], "a"), ("Tanh", ["a"], "b"), ("Mul", ["x", "b"], "y")]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "name", "function"), [(GELU, "GELU", F.gelu), (MISH, "Mish", F.mish)]
+)
+def test_gelu_and_mish_in_an_onnx_graph(
+    drawn: list[tuple[str, list[str], str]], name: str, function: Function
+) -> None:
+    """As exporters draw them where the opset does not have them."""
     scalars = {"root": 2.0**0.5, "one": 1.0, "half": 0.5}
-    nodes = [
-        helper.make_node("Div", ["x", "root"], ["a"], "div"),
-        helper.make_node("Erf", ["a"], ["b"], "erf"),
-        helper.make_node("Add", ["b", "one"], ["c"], "add"),
-        helper.make_node("Mul", ["x", "c"], ["d"], "mul"),
-        helper.make_node("Mul", ["d", "half"], ["y"], "mul_half"),
+    nodes = [helper.make_node(op, given, [out], f"n_{out}") for op, given, out in drawn]
+    used = {name for node in nodes for name in node.input}
+    stored = [
+        helper.make_tensor(n, TensorProto.FLOAT, [], [v]) for n, v in scalars.items() if n in used
     ]
-    stored = [helper.make_tensor(n, TensorProto.FLOAT, [], [v]) for n, v in scalars.items()]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 8, 8]) for n in "xy"]
-    graph = helper.make_graph(nodes, "gelu", ends[:1], ends[1:], stored)
+    graph = helper.make_graph(nodes, "drawn", ends[:1], ends[1:], stored)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     body = trace(convert_onnx(model))
     x = torch.randn(1, 3, 8, 8)
     plain(body, x)
-    assert merge_activations(body) == {"GELU": 1}
-    torch.testing.assert_close(body(x), F.gelu(x))
+    assert merge_activations(body) == {name: 1}
+    torch.testing.assert_close(body(x), function(x))
 
 
 @pytest.mark.shared

@@ -13,17 +13,21 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import torch
 from edgesight.compression.calibrate import observe, session
 from edgesight.compression.fidelity import Fidelity
 from edgesight.compression.int8_search import Origin
 from edgesight.compression.onnx_io import save_model, tidy
+from edgesight.compression.predict import predicted_convs
 from edgesight.compression.qdq import plan_layout
 from edgesight.compression.quantize import QuantizeConfig
 from edgesight.compression.recipe import make_recipe
 from edgesight.compression.sensitivity import Budget, first_nodes
+from edgesight.compression.torch_graph import TorchGraph
 from edgesight.compression.wide import widen
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import RecipeError
+from edgesight.models.graph import node_macs
 from edgesight.models.preprocess import prepare
 from onnx import TensorProto
 
@@ -70,7 +74,14 @@ def test_wide_grids_lose_next_to_nothing(photos: list[Path], activation: str) ->
     floats, small = (stored_bytes(m, TensorProto.FLOAT) for m in (narrow, wide))
     assert small < 0.5 * floats, "weights are in 8 bits"
     assert any(t.data_type == TensorProto.UINT16 for t in wide.graph.initializer)
-    onnx.checker.check_model(narrow)
+    onnx.checker.check_model(wide)
+    assert sum(node_macs(wide).values()) == sum(node_macs(narrow).values()) > 0
+    core = "cortex-a76"
+    assert predicted_convs(wide, core) >= predicted_convs(narrow, core), "computed in float"
+    found = TorchGraph(wide)(torch.from_numpy(prepare(cv2.imread(str(photos[0])), SPEC)[0]))
+    np.testing.assert_allclose(
+        found[0].detach().numpy(), outputs(wide, photos[:1]), rtol=0.02, atol=0.02
+    )
     wanted, found = outputs(narrow, photos), outputs(wide, photos)
     gap = np.abs(found - wanted).mean() / np.abs(wanted).std()
     assert 0 < gap < 0.02
