@@ -261,14 +261,14 @@ def main() -> None:
     parser.add_argument("--net", choices=sorted(WEIGHTS), nargs="+", default=sorted(WEIGHTS))
     parser.add_argument("--photos", type=int, default=320, help="photos to calibrate on")
     parser.add_argument("--photos-max", type=int, help="photos that AP is measured on")
-    rows = "; ".join(METHODS)
+    rows = "; ".join(METHODS).replace("%", "%%")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         choices=METHODS,
         metavar="ROW",
-        help=rows.replace("%", "%%"),
+        help=rows,
     )
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="data and weights")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_int8"))
