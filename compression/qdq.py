@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..models.detections import FloatArray
 from ..models.graph import attributes, copied, require_onnx, set_nodes, tensor_shapes
 from .calibrate import Grid
+from .qdq_weights import Weights, bias_fits, stored_in_8_bits
 
 WEIGHT_OPS = ("Conv", "Gemm", "MatMul")
 SAME_GRID_OPS = (
@@ -185,61 +186,6 @@ def plan_layout(model: Any, float_nodes: Collection[str] = ()) -> Layout:
     return Layout(frozenset(nodes), tuple(on_grid), {name: first(name) for name in on_grid})
 
 
-def bias_fits(node: Any, links: Links) -> bool:
-    """Whether a weighted node's bias is one number per output channel, or one for all."""
-    if len(node.input) < 3 or node.input[2] not in links.stored:
-        return True
-    dims = list(links.stored[node.input[2]].dims)
-    return all(size == 1 for size in dims[:-1])
-
-
-def weight_scales(
-    flat: FloatArray, least: FloatArray, power: npt.NDArray[Any] | None = None
-) -> FloatArray:
-    """Returns the symmetric 8-bit scale per output channel with the least square error.
-
-    Args:
-        flat: Weights, ``(channels, weights per channel)``; a channel may be all zero.
-        least: No scale is smaller than this.
-        power: What the square error of each weight is multiplied by.
-    """
-    top = np.maximum(np.abs(flat).max(axis=1) / 127, least)
-    best, cost = top, np.full(len(flat), np.inf, np.float32)
-    for shrink in np.arange(1.0, 0.59, -0.04):
-        scale = np.maximum(top * np.float32(shrink), least)
-        codes = np.clip(np.rint(flat / scale[:, None]), -127, 127)
-        square = (codes * scale[:, None] - flat) ** 2
-        error = (square if power is None else square * power).sum(axis=1)
-        better = error < cost
-        best, cost = np.where(better, scale, best), np.where(better, error, cost)
-    chosen: FloatArray = best.astype(np.float32)
-    return chosen
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One convolution's weights in 8 bits: codes int8, a float32 scale per output channel."""
-
-    codes: npt.NDArray[np.int8]
-    scales: FloatArray
-
-
-def quantize_weight(
-    weight: FloatArray, bias: FloatArray, input_scale: float, axis: int = 0
-) -> Weights:
-    """Returns weights rounded to nearest on the best scale per output channel.
-
-    A dead channel (all weights zero) or one with a huge bias gets a scale on which its bias still
-    fits into 32 bits with digits to spare.
-    """
-    first = np.moveaxis(weight, axis, 0)
-    flat = first.reshape(len(first), -1)
-    least = np.maximum(np.abs(bias) / (2**29 * input_scale), 1e-8).astype(np.float32)
-    scales = weight_scales(flat, least)
-    codes = np.clip(np.rint(flat / scales[:, None]), -127, 127).astype(np.int8)
-    return Weights(np.moveaxis(codes.reshape(first.shape), 0, axis), scales)
-
-
 def insert(
     model: Any,
     layout: Layout,
@@ -351,62 +297,3 @@ def constant_grid(value: FloatArray) -> Grid:
 def _widths(model: Any) -> dict[str, int]:
     """Returns the columns of every map."""
     return {name: s[3] for name, s in tensor_shapes(model).items() if len(s) == 4 and s[3] > 0}
-
-
-def stored_in_8_bits(
-    node: Any,
-    links: Links,
-    grid: Grid,
-    store: Callable[[str, Any], str],
-    nodes: list[Any],
-    given: Weights | None = None,
-) -> None:
-    """Puts a weighted node's weights in 8 bits and its bias in 32 bits on the matching grid.
-
-    Args:
-        node: Changed in place.
-        links: Of the float graph.
-        grid: Of the node's input.
-        store: Keeps a value under a name, and returns the name.
-        nodes: Where what the node reads its weights through is put.
-        given: Codes to use in place of rounding to nearest.
-    """
-    onnx = require_onnx()
-    numpy_helper = onnx.numpy_helper
-    name = node.input[1]
-    weight = numpy_helper.to_array(links.stored[name]).astype(np.float32)
-    transposed = node.op_type == "Gemm" and bool(attributes(node).get("transB", 0))
-    axis = 0 if node.op_type == "Conv" or transposed else weight.ndim - 1
-    has_bias = len(node.input) > 2 and node.input[2] in links.stored
-    bias = np.zeros(weight.shape[axis], np.float32)
-    if has_bias:
-        stored = numpy_helper.to_array(links.stored[node.input[2]]).astype(np.float32)
-        bias = np.broadcast_to(stored.reshape(-1), bias.shape)
-    chosen = given or quantize_weight(weight, bias, grid.scale, axis)
-    scales = chosen.scales
-    _stored_codes(node, 1, chosen.codes, scales, axis, store, nodes)
-    if has_bias:
-        step = scales.astype(np.float64) * grid.scale
-        limit = 2**31 - 1
-        codes = np.clip(np.rint(bias.astype(np.float64) / step), -limit, limit).astype(np.int32)
-        _stored_codes(node, 2, codes, step.astype(np.float32), 0, store, nodes)
-
-
-def _stored_codes(
-    node: Any,
-    index: int,
-    codes: npt.NDArray[Any],
-    scales: FloatArray,
-    axis: int,
-    store: Any,
-    nodes: list[Any],
-) -> None:
-    """Makes a node read stored codes through a DequantizeLinear per channel.
-
-    The zero points are all 0, and the same ones for all nodes: they would be a tenth of the file.
-    """
-    stem = f"{node.name}/{index}"
-    zeros = store(f"zeros/{codes.dtype}/{len(scales)}", np.zeros(len(scales), codes.dtype))
-    inputs = [store(f"{stem}/q", codes), store(f"{stem}/scale", scales), zeros]
-    nodes.append(require_onnx().helper.make_node("DequantizeLinear", inputs, [stem], axis=axis))
-    node.input[index] = stem

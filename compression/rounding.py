@@ -12,7 +12,8 @@ from ..models.detections import FloatArray
 from ..models.graph import copied, require_onnx
 from .bits_graph import levels
 from .calibrate import Grid, Seen
-from .qdq import WEIGHT_OPS, Layout, Links, Weights, is_weighted, weight_scales
+from .qdq import WEIGHT_OPS, Layout, Links, is_weighted
+from .qdq_weights import Weights, weight_scales
 
 DAMPING = 0.01
 """Added to the inputs' second moments, as a part of their mean: keeps the inverse tame."""

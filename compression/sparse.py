@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.nets.common import DetectorNet
 from .levels import probe_gradients
-from .qdq import weight_scales
+from .qdq_weights import weight_scales
 
 SPARSE_MARK: Final = "edgesight_sparse"
 """Attribute of a network whose zero weights are to stay zero."""

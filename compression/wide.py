@@ -15,15 +15,8 @@ import numpy as np
 from ..models.graph import copied, require_onnx, set_nodes
 from .calibrate import Grid
 from .int8_search import Variant
-from .qdq import (
-    Layout,
-    Links,
-    bias_fits,
-    body_nodes,
-    is_weighted,
-    plan_layout,
-    stored_in_8_bits,
-)
+from .qdq import Layout, Links, body_nodes, is_weighted, plan_layout
+from .qdq_weights import bias_fits, stored_in_8_bits
 
 WIDE_STEPS: Final = 65535
 DOMAIN: Final = "com.microsoft"

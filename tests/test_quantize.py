@@ -21,7 +21,8 @@ from edgesight.compression.equalise import (
 )
 from edgesight.compression.fidelity import disagreement
 from edgesight.compression.onnx_io import fold_preprocess, save_model, tidy
-from edgesight.compression.qdq import body_nodes, plan_layout, quantize_weight
+from edgesight.compression.qdq import body_nodes, plan_layout
+from edgesight.compression.qdq_weights import quantize_weight
 from edgesight.compression.quantize import QuantizeConfig, quantize
 from edgesight.models.detections import Detections
 from edgesight.models.detector import OnnxDetector

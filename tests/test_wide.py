@@ -33,6 +33,7 @@ from onnx import TensorProto
 
 graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
 SPEC = graphs.SPEC
+kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("qdq_kit.py"))))
 
 
 def quiet(items: Iterable[Any], **_: Any) -> Iterable[Any]:
@@ -41,11 +42,7 @@ def quiet(items: Iterable[Any], **_: Any) -> Iterable[Any]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    found = []
-    for number in range(6):
-        image = np.random.default_rng(number).integers(0, 256, (80, 96, 3), dtype=np.uint8)
-        found.append(tmp_path_factory.mktemp("photos") / f"{number}.png")
-        cv2.imwrite(str(found[-1]), cv2.GaussianBlur(image, (9, 9), 0))
+    found: list[Path] = kit.noise_photos(tmp_path_factory.mktemp("photos"), 6)
     return found
 
 
