@@ -256,7 +256,9 @@ def test_a_model_on_the_command_line(
         ("tiny.onnx --cost-max 0.5 --photos photos --budget soon", "--budget: expected a time"),
         ("tiny.onnx --cost-max 2 --photos photos --trials 1", "search.cost_max: expected less"),
         ("tiny.onnx --bytes-max x --photos photos --trials 1", "search.bytes_max: expected a size"),
-        ("--quantize-only tiny.onnx --cost-max 0.5", "--cost-max without --quantize-only"),
+        ("--quantize-only tiny.onnx --bytes-max 1MB", "--bytes-max without --quantize-only"),
+        ("--quantize-only tiny.onnx --cost-max 0.5", "expected --photos DIR"),
+        ("--quantize-only tiny.onnx --cost-max 2", "--cost-max: expected above 0"),
         ("no.onnx --cost-max 0.5 --photos photos --trials 1", "no.onnx: expected"),
     ],
 )
