@@ -238,12 +238,11 @@ def main() -> None:
     if options.plot:
         stores = sorted(options.out.glob("*.json"), key=lambda path: path.stem != TABLE)
         tables = {path.stem: json.loads(path.read_text()).get("rows", []) for path in stores}
-        tables |= {f"INT8 alone, {path.parent.name}": beside(path) for path in options.beside}
+        others = {f"INT8 alone, {path.parent.name}": beside(path) for path in options.beside}
         same = {
             stem: [r for r in rows if "ap" in r and r.get("photos") == len(check)]
-            for stem, rows in tables.items()
+            for stem, rows in (tables | others).items()
         }
-        others = [name for name in same if name.startswith("INT8 alone")]
         plot({stem: rows for stem, rows in same.items() if rows}, options.plot, others)
     milliseconds = statistics.median(r["ms"] for r in rows)
     print(f"\n{name}, coco-val, {len(check)} photos; median {milliseconds:.1f} ms per photo here\n")

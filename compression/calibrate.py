@@ -41,11 +41,11 @@ class Grid:
     zero_point: int
 
     @classmethod
-    def over(cls, low: float, high: float) -> Grid:
+    def over(cls, low: float, high: float, steps: int = STEPS) -> Grid:
         """Returns the grid that spans a range; 0 is always one of its values."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
-        scale = max((high - low) / STEPS, 1e-8)
-        return cls(scale, int(np.clip(round(-low / scale), 0, STEPS)))
+        scale = max((high - low) / steps, 1e-8)
+        return cls(scale, int(np.clip(round(-low / scale), 0, steps)))
 
     def round(self, values: FloatArray) -> FloatArray:
         """Returns the nearest values on the grid."""

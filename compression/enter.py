@@ -244,13 +244,17 @@ def _rewritten(module: nn.Module, example: Tensor) -> nn.Module:
         rewritten = plain(graph, example)
         if not (merge_activations(graph) or rewritten):
             return module
-        noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            pairs = zip(module(noise), graph(noise), strict=True)
-            same = all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in pairs)
-        return graph if same else module
+        return graph if _alike(module, graph, example) else module
     except InputError:  # it cannot be pruned, but still be distilled and quantized
         return module
+
+
+@torch.no_grad()
+def _alike(one: nn.Module, other: nn.Module, example: Tensor) -> bool:
+    """Whether two networks make the same raw maps of noise."""
+    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
+    pairs = zip(one(noise), other(noise), strict=True)
+    return all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in pairs)
 
 
 @torch.no_grad()
@@ -258,10 +262,7 @@ def _folded(net: DetectorNet, example: Tensor) -> DetectorNet:
     """Returns the network with normalisation folded, or as it is where folding changes it."""
     folded = copy.deepcopy(net)
     fold_batchnorm(folded, remember=True)
-    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
-    pairs = zip(net(noise), folded(noise), strict=True)
-    same = all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in pairs)
-    return folded if same else net
+    return folded if _alike(net, folded, example) else net
 
 
 def _spec_of(

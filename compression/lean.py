@@ -111,14 +111,12 @@ def pair_columns(model: Any) -> bool:
     cast, turn = (n for n in model.graph.node if n.name in ("image_cast", "image_planes"))
     convs = links.readers[turn.output[0]]
     _, height, width, _ = (d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim)
-    if width % 2 or not all(_pairable(attributes(conv), links, conv) for conv in convs):
+    if width % 2 or not all(_pairable(conv, links) for conv in convs):
         return False
     for conv in convs:
         weight, given = _value(links, conv.input[1]), attributes(conv)
         halves = [weight[:, :, :, column::2] for column in (0, 1)]
-        links.stored[conv.input[1]].CopyFrom(
-            require_onnx().numpy_helper.from_array(np.concatenate(halves, 1), conv.input[1])
-        )
+        _store(links, conv, 1, np.concatenate(halves, 1))
         top, left, bottom, right = given.get("pads", [0] * 4)
         _set_window(
             conv,
@@ -138,13 +136,18 @@ def pair_columns(model: Any) -> bool:
     return True
 
 
-def _pairable(given: dict[str, Any], links: Links, conv: Any) -> bool:
+def _pairable(conv: Any, links: Links) -> bool:
     """Whether a convolution over pixels is one over pairs of them."""
-    pads, columns = given.get("pads", [0] * 4), links.stored[conv.input[1]].dims[3]
-    plain = given.get("auto_pad", b"NOTSET") in (b"", b"NOTSET")
-    plain = plain and set(given.get("dilations", [1])) == {1}
+    given, columns = attributes(conv), links.stored[conv.input[1]].dims[3]
+    pads = given.get("pads", [0] * 4)
     even = not (columns % 2 or pads[1] % 2 or pads[3] % 2)
-    return plain and even and list(given.get("strides", [1, 1]))[1] == 2
+    return _plain_window(given) and even and list(given.get("strides", [1, 1]))[1] == 2
+
+
+def _plain_window(given: dict[str, Any]) -> bool:
+    """Whether a convolution has no dilation, and says its padding in numbers."""
+    stated = given.get("auto_pad", b"") in (b"", b"NOTSET")
+    return stated and set(given.get("dilations", [1])) == {1}
 
 
 def _set_window(conv: Any, **values: list[int]) -> None:
@@ -282,9 +285,7 @@ def _plain_conv(node: Any, links: Links) -> bool:
     if len(node.input) < 3 or node.input[1] not in links.stored:
         return False
     given = attributes(node)
-    if given.get("group", 1) != 1 or set(given.get("dilations", [1])) != {1}:
-        return False
-    if given.get("auto_pad", b"") not in (b"", b"NOTSET"):
+    if given.get("group", 1) != 1 or not _plain_window(given):
         return False
     weight = links.stored[node.input[1]]
     square = len(weight.dims) == 4 and weight.dims[2] == weight.dims[3]

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..models.graph import attributes, copied, require_onnx, set_nodes
+from ..models.graph import QUANTIZERS, attributes, copied, require_onnx, set_nodes
 from ..models.spec import ModelSpec
 from .bits_graph import PLANES, packed_bytes
 from .calibrate import read_photos, session
@@ -143,7 +143,7 @@ def in_float(model: Any) -> Any:
         for index, name in enumerate(node.input):
             node.input[index] = same.get(name, name)
         is_stored = node.op_type == "DequantizeLinear" and node.input[0] in stored
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not is_stored:
+        if node.op_type in QUANTIZERS and not is_stored:
             same[node.output[0]] = node.input[0]
         elif is_stored:
             codes, scale, *zero = (array(stored[name]) for name in node.input)

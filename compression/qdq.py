@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -230,10 +231,10 @@ def insert(
         nodes.append(helper.make_node("QuantizeLinear", [name, *ends], [codes]))
         nodes.append(helper.make_node("DequantizeLinear", [codes, *ends], [read_as[name]]))
 
-    widths: dict[str, int] = {}
+    widths = functools.cache(lambda: _widths(model))
     originals = {node.name: node for node in model.graph.node}
 
-    def constant(name: str, width: int) -> str:
+    def constant(name: str, beside: str) -> str:
         value = numpy_helper.to_array(links.stored[name]).astype(np.float32)
         grid = constant_grid(value)
         codes = np.clip(np.rint(value / grid.scale) + grid.zero_point, 0, 255) - 128 * signed
@@ -244,7 +245,8 @@ def insert(
             store(f"{name}/zero", kind(grid.zero_point - 128 * signed)),
         ]
         stem = name
-        if value.ndim == 4 and value.size == value.shape[1] > 1 and width > 1:
+        channelwise = value.ndim == 4 and value.size == value.shape[1] > 1
+        if channelwise and (width := widths().get(beside, 1)) > 1:
             # One number per channel makes ONNX Runtime begin anew at every cell; one per channel
             # and column, only in every row. Widened when the file is loaded.
             stem = f"{name}/{width}"
@@ -269,8 +271,7 @@ def insert(
             before = originals[node.name].input
             for index, name in enumerate(node.input):
                 if name in links.stored:
-                    widths.update(widths or _widths(model))
-                    node.input[index] = constant(name, widths.get(before[1 - index], 1))
+                    node.input[index] = constant(name, before[1 - index])
         if integer and is_weighted(node, links.stored):
             source = originals[node.name].input[0]
             grid = grids[layout.group[source]]

@@ -96,8 +96,6 @@ def _wide_grids(variant: Variant, layout: Layout) -> dict[str, Grid]:
         for name in (*links.data_inputs(node), *node.output):
             if name in layout.group or name in links.outputs or name not in variant.seen:
                 continue
-            low = min(float(variant.seen[name].low.min()), 0.0)
-            high = max(float(variant.seen[name].high.max()), 0.0)
-            scale = max((high - low) / WIDE_STEPS, 1e-8)
-            found[name] = Grid(scale, round(-low / scale))
+            seen = variant.seen[name]
+            found[name] = Grid.over(float(seen.low.min()), float(seen.high.max()), WIDE_STEPS)
     return found
