@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 from collections.abc import Collection, Sequence
@@ -30,34 +31,63 @@ from edgesight.models.graph import load_model, node_macs
 from edgesight.models.machine import machine
 
 PRUNE: dict[str, Any] = {"kind": "prune", "macs_ratio": 0.8}
+SPARSIFY: dict[str, Any] = {"kind": "sparsify", "sparsity": 0.5}
+FACTORISE: dict[str, Any] = {"kind": "factorise", "macs_ratio": 0.9}
+DISTILL: dict[str, Any] = {"kind": "distill", "photos": 2000}
+QUANTIZE: dict[str, Any] = {"kind": "quantize"}
+OTHER = "yolox_nano_416.onnx"
+"""The teacher of another architecture, beside the data."""
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
-    "sparsify, half of the weights, Taylor": [{"kind": "sparsify", "sparsity": 0.5}],
-    "sparsify 2:4": [{"kind": "sparsify", "pattern": "2:4"}],
-    "prune to 80 % of the MACs": [PRUNE],
-    "prune to 80 %, L2 norm": [PRUNE | {"criterion": "l2"}],
-    "prune to 80 %, Taylor": [PRUNE | {"criterion": "taylor"}],
-    "prune to 80 % on cortex-a76": [
-        {"kind": "prune", "cost": "cortex-a76", "cost_ratio": 0.8},
-    ],
-    "factorise": [{"kind": "factorise"}],
-    "ReLU": [{"kind": "activations"}],
-    "INT8": [{"kind": "quantize"}],
-    "INT8, refined": [{"kind": "quantize", "refine": 1600}],
-    "INT8, 4-bit weights, refined": [{"kind": "quantize", "weights": 4, "refine": 1600}],
+    "INT8": [QUANTIZE],
+    "INT8, what it harms in 16 bits": [QUANTIZE | {"fallback": "int16"}],
     "FP16 weights": [{"kind": "half"}],
-    "ReLU, INT8": [{"kind": "activations"}, {"kind": "quantize"}],
-    "prune to 80 %, ReLU, INT8": [PRUNE, {"kind": "activations"}, {"kind": "quantize"}],
+    "ReLU": [{"kind": "activations"}],
+    "ReLU, INT8": [{"kind": "activations"}, QUANTIZE],
+    "prune 80 %": [PRUNE],
+    "prune 80 % by L1": [PRUNE | {"criterion": "l1"}],
+    "prune 80 % by L2": [PRUNE | {"criterion": "l2"}],
+    "prune 80 % by Taylor": [PRUNE | {"criterion": "taylor"}],
+    "prune 80 % by LAMP": [PRUNE | {"criterion": "lamp"}],
+    "prune 80 % by FPGM": [PRUNE | {"criterion": "fpgm"}],
+    "prune 80 %, uniform": [PRUNE | {"allocation": "uniform"}],
+    "prune 80 %, global": [PRUNE | {"allocation": "global"}],
+    "prune 80 %, in 3 parts": [PRUNE | {"iterations": 3}],
+    "prune 80 % on cortex-a76": [{"kind": "prune", "cost": "cortex-a76", "cost_ratio": 0.8}],
+    "factorise 90 %": [FACTORISE],
+    "factorise 90 % by SVD": [FACTORISE | {"methods": ["svd"]}],
+    "factorise 90 % on the weights alone": [FACTORISE | {"data_aware": False}],
+    "factorise where it pays on cortex-a76": [{"kind": "factorise"}],
+    "sparsify 50 % by magnitude": [SPARSIFY],
+    "sparsify 50 % by magnitude, no refit": [SPARSIFY | {"refit": False}],
+    "sparsify 50 % by gradient": [SPARSIFY | {"method": "gradient"}],
+    "sparsify 50 % by Taylor": [SPARSIFY | {"method": "taylor"}],
+    "sparsify 50 %, global": [SPARSIFY | {"scope": "global"}],
+    "sparsify by threshold": [{"kind": "sparsify", "method": "threshold", "threshold": 0.5}],
+    "sparsify 2:4": [{"kind": "sparsify", "pattern": "2:4"}],
+    "prune 80 %, distil": [PRUNE, DISTILL],
+    "prune 80 %, distil, no labels": [PRUNE, DISTILL | {"labels": "none"}],
+    "prune 80 %, distil, YOLOX too": [PRUNE, DISTILL | {"teacher": ["self", OTHER]}],
+    "prune 80 %, ReLU, distil, INT8": [PRUNE, {"kind": "activations"}, DISTILL, QUANTIZE],
+    "INT8, refined": [QUANTIZE | {"refine": 1600}],
+    "4-bit weights, refined": [QUANTIZE | {"weights": 4, "refine": 1600}],
+    "2-bit weights, refined": [QUANTIZE | {"weights": 2, "refine": 1600}],
+    "1-bit weights, refined": [QUANTIZE | {"weights": 1, "refine": 1600}],
 }
-"""Title of a row -> the steps of its recipe, on NanoDet-Plus-m; none is trained with labels."""
+"""Title of a row -> the steps of its recipe, on NanoDet-Plus-m."""
 TABLE = "techniques"
 
 
 def technique(title: str, options: argparse.Namespace) -> Recipe:
     """Returns the recipe of one row."""
     shared = options.shared.resolve()
+    steps = [dict(step) for step in TECHNIQUES[title]]
+    for step in steps:
+        if OTHER in step.get("teacher", ()):
+            step["teacher"] = ["self", str(shared / "weights" / OTHER)]
+    folder = re.sub(r"\W+", "_", title)  # not its number: rows come and go
     values = {
         "version": 1,
-        "out": str(options.out.resolve() / f"{list(TECHNIQUES).index(title):02d}"),
+        "out": str(options.out.resolve() / folder),
         "model": {
             "name": "nanodet_plus_m",
             "weights": str(shared / "weights/nanodet_plus_m_416.onnx"),
@@ -68,7 +98,7 @@ def technique(title: str, options: argparse.Namespace) -> Recipe:
             "hold_out": 5,
             "step_photos": 0,
         },
-        "steps": TECHNIQUES[title],
+        "steps": steps,
     }
     return make_recipe(values, Path.cwd())
 
