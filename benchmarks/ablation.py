@@ -4,9 +4,10 @@
     python benchmarks/ablation.py --recipe models/zoo/edgesight_nano.toml   # a recipe, step by step
 
 Each row is a recipe that ``edgesight compress`` runs; its result is measured on ``coco-val``, with
-a 95 % interval and the paired loss against the original, and its instructions are counted by
-``edgesight cost`` where the emulator is at hand. Finished recipes are not run again. ``--plot``
-draws AP over instructions, of all tables in ``--out``.
+a 95 % interval and the paired loss against the original, its instructions are counted by
+``edgesight cost`` where the emulator is at hand, and it is timed in turn with the original.
+Finished recipes are not run again. ``--plot`` draws AP over instructions, of all tables in
+``--out``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_int8 import CORES, instructions
+from edgesight.compression.latency import latency, openvino_latency
 from edgesight.compression.pipeline import run_recipe
 from edgesight.compression.recipe import Recipe, make_recipe, read_recipe
 from edgesight.models.dataset import Dataset, open_dataset
@@ -75,6 +77,8 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
 }
 """Title of a row -> the steps of its recipe, on NanoDet-Plus-m."""
 TABLE = "techniques"
+ROUNDS = 30
+"""Timed runs of each file."""
 
 
 def technique(title: str, options: argparse.Namespace) -> Recipe:
@@ -140,15 +144,27 @@ def add_instructions(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             row[core] = number
 
 
+def add_times(rows: Sequence[dict[str, Any]], folder: Path, photo: Dataset) -> None:
+    """Adds milliseconds here as a part of the first file's, in ONNX Runtime and in OpenVINO."""
+    first = OnnxDetector(folder / rows[0]["file"])
+    for row in rows:
+        own = OnnxDetector(folder / row["file"])
+        for key, timed in (("ort", latency), ("openvino", openvino_latency)):
+            times = timed(first, own, photo, ROUNDS)
+            row[f"{key}_ratio"] = None if times is None else times.get("ratio")
+
+
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows as Markdown."""
     lines = [
-        "| | AP (95 %) | lost (95 %, paired) | MACs (M) | MB | A76 (M instr.) | A72 |",
-        "|---|---|---|---|---|---|---|",
+        "| | AP (95 %) | lost (95 %, paired) | MACs (M) | MB | A76 (M instr.) | A72 "
+        "| ms, ONNX Runtime | ms, OpenVINO |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lost = "" if r["lost"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*r["lost"])
         costs = [f"{r[c] / 1e6:.1f}" if r.get(c) else "n/a" for c in CORES]
+        costs += [f"{r[k]:.2f}" if r.get(k) else "n/a" for k in ("ort_ratio", "openvino_ratio")]
         lines.append(
             f"| {r['title']} | {r['ap'][0]:.2f} ({r['ap'][1]:.1f} to {r['ap'][2]:.1f}) | {lost} "
             f"| {r['macs'] / 1e6:.0f} | {r['bytes'] / 1e6:.2f} | {' | '.join(costs)} |"
@@ -264,6 +280,7 @@ def main() -> None:
             r["photos"] = len(check)
         write_json(store, {"machine": machine(), "rows": rows})
     add_instructions(rows, options.out)
+    add_times(rows, options.out, check.limit(1))
     write_json(store, {"machine": machine(), "rows": rows})
     if options.plot:
         stores = sorted(options.out.glob("*.json"), key=lambda path: path.stem != TABLE)
@@ -275,7 +292,10 @@ def main() -> None:
         }
         plot({stem: rows for stem, rows in same.items() if rows}, options.plot, others)
     milliseconds = statistics.median(r["ms"] for r in rows)
-    print(f"\n{name}, coco-val, {len(check)} photos; median {milliseconds:.1f} ms per photo here\n")
+    print(f"\n{name}, coco-val, {len(check)} photos; median {milliseconds:.1f} ms per photo here;")
+    print(
+        "ms: bare network on this processor, one thread, in turn with the original, as its part\n"
+    )
     print(as_table(rows))
 
 

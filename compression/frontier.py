@@ -16,13 +16,14 @@ from ..models.files import write_bytes, write_json, write_text
 from ..models.machine import machine
 from .candidates import ORIGINAL, Candidate, Workshop
 from .data import open_photos
+from .latency import latency, openvino_latency
 from .page import render_page
 from .pipeline import Ruler
 from .price import can_count, count_instructions
 from .report import BLUE, FILTERS, ORANGE, figure_of, finite
 from .search import TRIALS_FOLDER, Found
 from .targets import Search, asked_text, best_of, missed, non_dominated, shortfall_text
-from .verify import generalisation, latency
+from .verify import generalisation
 
 JSON_FILE: Final = "frontier.json"
 PLOT_FILE: Final = "frontier.png"
@@ -171,12 +172,15 @@ class _Judges:
             others = [self.tuned, model.score]
         pairs = [self.before["train"], scores["train"]]
         known = all(isinstance(one, dict) for one in [*pairs, *others])
-        times = latency(self.original, OnnxDetector(path), self.photo, ROUNDS)
+        pair = (self.original, OnnxDetector(path))
+        times = latency(*pair, self.photo, ROUNDS)
         assert times is not None
+        other = openvino_latency(*pair, self.photo, ROUNDS)
         return scores | {
             "generalisation": generalisation(pairs, others) if known else None,
             "ms": times["after_ms"],
             "ms_ratio": times["ratio"],
+            "openvino": other,
         }
 
 

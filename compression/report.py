@@ -182,6 +182,10 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         times = verified["latency"]
         text = f"{times['before_ms']:.2f} -> {times['after_ms']:.2f} ms"
         rows.append(("one picture on this machine", text, f"ratio {times['ratio']:.2f}"))
+    other = verified.get("openvino")
+    if other and not other["failed"]:
+        text = f"{other['before_ms']:.2f} -> {other['after_ms']:.2f} ms"
+        rows.append(("the same in OpenVINO", text, f"ratio {other['ratio']:.2f}"))
     for core in verified["cores"]:
         if core["instructions"] is not None:
             text = f"{mega_text(core['before'])} -> {mega_text(core['instructions'])}"

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy.typing as npt
 
 from ..models import core_costs, cost, emulator
 from ..models.dataset import Dataset
@@ -21,7 +17,7 @@ from ..models.detector import OnnxDetector
 from ..models.errors import EdgeSightError, ModelFileError
 from ..models.evaluate import Detector, run_detector
 from ..models.graph import integer_share, load_model, node_macs, parameters
-from ..models.preprocess import prepare
+from .latency import latency, openvino_latency
 from .measure import Parity, parity, score
 
 PARITY_PHOTOS = 32
@@ -109,6 +105,7 @@ def verify(
         },
         "integer": _integer(subject.final, subject.core),
         "latency": latency(original, final, data, latency_rounds),
+        "openvino": openvino_latency(original, final, data, latency_rounds),
         "cores": costs_by_core(subject, progress=progress),
     }
     if train is not None and (train.truths is None) == (data.truths is None):
@@ -156,43 +153,6 @@ def _agreement(
 ) -> dict[str, Any]:
     plain = Dataset(data.name, data.photos)
     return score(after, before, (), plain).to_json()
-
-
-def latency(a: OnnxDetector, b: OnnxDetector, data: Dataset, rounds: int) -> dict[str, Any] | None:
-    """Times the bare networks of two detectors in turn, one thread, on one photo.
-
-    Taking turns lets both meet the same disturbances of a busy machine.
-
-    Returns:
-        Median milliseconds of both, the median of the rounds' ratios, and its quartiles; None if
-        ``rounds`` is 0.
-    """
-    if rounds < 1:
-        return None
-    image = data.photos[0].load()
-    inputs = [prepare(image, d.spec)[0] for d in (a, b)]
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 3):
-        for which, detector in enumerate((a, b)):
-            took = _timed(detector, inputs[which])
-            if turn >= 3:  # the first ones warm the caches
-                times[which].append(took)
-    ratios = [y / x for x, y in zip(*times, strict=True)]
-    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    return {
-        "before_ms": statistics.median(times[0]),
-        "after_ms": statistics.median(times[1]),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [quarters[0], quarters[2]],
-        "rounds": rounds,
-        "threads": 1,
-    }
-
-
-def _timed(detector: OnnxDetector, tensor: npt.NDArray[Any]) -> float:
-    start = time.perf_counter()
-    detector.infer(tensor)
-    return 1000 * (time.perf_counter() - start)
 
 
 def _size(path: Path) -> dict[str, Any]:
@@ -286,6 +246,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
     timed = result["latency"]
     if timed is not None and timed["ratio"] > 1:
         notes.append(f"it is slower on this machine ({platform.machine()}), not faster")
+    other = result["openvino"]
+    if other is not None and other["failed"]:
+        notes.append(f"not timed in OpenVINO: {other['failed']}")
     if result["integer"]["quantized"] and result["integer"]["note"]:
         notes.append(f"integer share {result['integer']['note']}")
     for key in ("before", "after"):

@@ -55,6 +55,6 @@ class MissingExtraError(InputError):
     """A part of EdgeSight needs an optional install."""
 
     @classmethod
-    def of(cls, *, package: str) -> MissingExtraError:
-        """Returns the error for a package that the extra ``compress`` brings."""
-        return cls(f"expected the package {package}, found none; pip install '.[compress]'")
+    def of(cls, *, package: str, extra: str = "compress") -> MissingExtraError:
+        """Returns the error for a package that an extra brings."""
+        return cls(f"expected the package {package}, found none; pip install '.[{extra}]'")

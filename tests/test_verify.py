@@ -9,8 +9,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from edgesight.compression.latency import latency
 from edgesight.compression.measure import parity, score
-from edgesight.compression.verify import Subject, latency, verify
+from edgesight.compression.verify import Subject, verify
 from edgesight.models.dataset import Dataset, open_dataset
 from edgesight.models.detections import Detections
 from edgesight.models.detector import OnnxDetector
