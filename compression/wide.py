@@ -8,6 +8,7 @@ quarter of the bytes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +18,7 @@ from .calibrate import Grid
 from .int8_search import Variant
 from .qdq import Layout, Links, body_nodes, is_weighted, plan_layout
 from .qdq_weights import bias_fits, stored_in_8_bits
+from .rounding import round_weights
 
 WIDE_STEPS: Final = 65535
 DOMAIN: Final = "com.microsoft"
@@ -37,10 +39,19 @@ def widen(quantized: Any, variant: Variant) -> tuple[Any, int]:
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     layout = plan_layout(variant.model, variant.float_nodes)
     grids = _wide_grids(variant, layout)
-    narrow = variant.grids(layout)
+    inputs = _input_grids(variant, layout, grids)
+    source_of = {n.name: n.input[0] for n in variant.model.graph.node if n.input}
+    nodes_8 = frozenset(n for n in variant.float_nodes if source_of.get(n) in inputs)
+    own = replace(layout, nodes=nodes_8, group={name: name for name in inputs})
+    fitted, rounded = round_weights(variant.model, own, inputs, variant.seen)
     result = copied(quantized)
     graph = result.graph
-    links, before = Links(graph), Links(variant.model.graph)
+    biases = {n.input[2] for n in fitted.graph.node if n.name in rounded}
+    fits = [tensor for tensor in fitted.graph.initializer if tensor.name in biases]
+    kept = [tensor for tensor in graph.initializer if tensor.name not in biases]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *fits])
+    links = Links(graph)
     tensors: dict[str, Any] = {}
     nodes: list[Any] = []
     read_as: dict[str, str] = {}
@@ -67,11 +78,9 @@ def widen(quantized: Any, variant: Variant) -> tuple[Any, int]:
         for index, name in enumerate(node.input):
             node.input[index] = read_as.get(name, name)
         if node.name in variant.float_nodes and is_weighted(node, links.stored):
-            source = next(n.input[0] for n in before.graph.node if n.name == node.name)
-            group = layout.group.get(source)
-            grid = grids.get(source) or (None if group is None else narrow[group])
+            grid = inputs.get(source_of[node.name])
             if grid is not None and bias_fits(node, links):
-                stored_in_8_bits(node, links, grid, store, nodes)
+                stored_in_8_bits(node, links, grid, store, nodes, rounded.get(node.name))
         nodes.append(node)
         for name in node.output:
             if name in grids:
@@ -84,6 +93,21 @@ def widen(quantized: Any, variant: Variant) -> tuple[Any, int]:
     if not any(entry.domain == DOMAIN for entry in result.opset_import):
         result.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return result, len(grids)
+
+
+def _input_grids(variant: Variant, layout: Layout, wide: dict[str, Grid]) -> dict[str, Grid]:
+    """Returns the grid of each tensor that a weighted node which stays in float reads."""
+    links, narrow = Links(variant.model.graph), variant.grids(layout)
+    found: dict[str, Grid] = {}
+    for node in variant.model.graph.node:
+        if node.name not in variant.float_nodes or not is_weighted(node, links.stored):
+            continue
+        source = node.input[0]
+        if source in wide:
+            found[source] = wide[source]
+        elif source in layout.group:
+            found[source] = narrow[layout.group[source]]
+    return found
 
 
 def _wide_grids(variant: Variant, layout: Layout) -> dict[str, Grid]:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from edgesight.compression import wide as wide_file
 from edgesight.compression.calibrate import observe, session
 from edgesight.compression.fidelity import Fidelity
 from edgesight.compression.int8_search import Origin
@@ -85,6 +86,22 @@ def test_wide_grids_lose_next_to_nothing(photos: list[Path], activation: str) ->
     (all_8,) = Origin(model, seen, {}, layout.group).variant(0.0).inserted(True)
     rough = np.abs(outputs(all_8, photos) - wanted).mean() / np.abs(wanted).std()
     assert gap < rough
+
+
+def test_its_weights_are_rounded_with_their_errors_made_up_for(
+    photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tidy(graphs.detector("leaky"))
+    layout = plan_layout(model)
+    seen = observe(model, list(layout.tensors), photos, SPEC, progress=quiet)
+    chosen = frozenset(n.name for n in model.graph.node if n.name in layout.nodes)
+    variant = replace(Origin(model, seen, {}, layout.group).variant(0.0), float_nodes=chosen)
+    (narrow,) = variant.inserted(True)
+    wanted = outputs(narrow, photos)
+    gap = np.abs(outputs(widen(narrow, variant)[0], photos) - wanted).mean()
+    monkeypatch.setattr(wide_file, "round_weights", lambda fitted, *_: (fitted, {}))
+    nearest = np.abs(outputs(widen(narrow, variant)[0], photos) - wanted).mean()
+    assert gap < 0.9 * nearest
 
 
 def test_nothing_in_float_nothing_to_widen(photos: list[Path]) -> None:
