@@ -75,11 +75,12 @@ PEERS = (
     Method("torch-pruning + recovery"),
     Method("ours, no recovery", PruneRules(), recover=False),
     Method("ours + recovery", PruneRules()),
+    Method("ours in 4 parts + recovery", PruneRules(), iterations=4),
     Method("ours for cortex-a76 + recovery", PruneRules(cost=CORE)),
 )
 VARIANTS = (
     *(Method(f"{c} by cost", PruneRules(), c) for c in CRITERIA if c != "bn"),
-    Method("obs by cost, in 3 parts", PruneRules(), iterations=3),
+    *(Method(f"obs by cost, in {n} parts", PruneRules(), iterations=n) for n in (2, 4, 8)),
     Method("obs by cost on cortex-a76", PruneRules(cost=CORE)),
     Method("obs global", PruneRules(allocation="global")),
     Method("obs uniform", PruneRules(allocation="uniform")),
