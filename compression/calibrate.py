@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..models.dataset import load_image
 from ..models.detections import FloatArray
-from ..models.detector import WEIGHT_ROUNDING
+from ..models.engines import WEIGHT_ROUNDING
 from ..models.graph import copied, require_onnx
 from ..models.preprocess import prepare
 from ..models.spec import ModelSpec

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 
 from ..models.dataset import Dataset
-from ..models.detections import FloatArray
 from ..models.detector import OnnxDetector
+from ..models.engines import Net
 from ..models.errors import ModelFileError
 from ..models.openvino_net import OpenVinoNet, has_openvino
 from ..models.preprocess import prepare
 
 WARM_UP = 3
 """Turns that fill the caches and are not counted."""
-
-
-class Net(Protocol):
-    """A bare network in some engine."""
-
-    def infer(self, tensor: npt.NDArray[Any]) -> list[FloatArray]:
-        """Returns raw outputs for one prepared picture."""
 
 
 def latency(a: OnnxDetector, b: OnnxDetector, data: Dataset, rounds: int) -> dict[str, Any] | None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..models.arguments import whole_number
 from ..models.zoo import MODEL_HELP, model_path
-from .command import SWITCH_INTERVAL_S, whole_number
+from .command import SWITCH_INTERVAL_S
 
 if TYPE_CHECKING:
     from ..models.detector import OnnxDetector
+    from .frame import Frame
     from .sources import Source
 
 BLOCK_FRAMES = 60
 """Frames per block: long enough to time, short enough that both kinds see the same machine."""
 WARM_UP = 10
+COMPARED, EVERY = 8, 60
+"""Engines are compared on so many frames, one of so many."""
 
 DESCRIPTION = (
     "Times every stage of the pipeline (file source, no display), and compares its frames per\n"
@@ -52,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="threads of the network (default: %(default)s)",
     )
+    add(
+        "--engines",
+        action="store_true",
+        help="in place of that: the bare network in every engine that is installed, with 1, 2, 4 "
+        "threads and with all cores, and whether it sees what ONNX Runtime sees",
+    )
     add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
     add("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -67,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
     from ..models.errors import SourceError
     from .sources import open_source
 
+    if args.engines:
+        return _engines(args)
     detector = OnnxDetector(model_path(args.model), head=args.head, threads=args.threads)
     source = open_source(args.source, max_speed=True, loop=True)
     try:
@@ -82,6 +96,68 @@ def main(args: argparse.Namespace) -> int:
     found = {"model": str(args.model), "threads": args.threads, **found}
     print(json.dumps(found) if args.json else table(found))
     return 0
+
+
+def _engines(args: argparse.Namespace) -> int:
+    """Measures every engine that is installed."""
+    from tqdm import tqdm
+
+    from ..models.engine_choice import fastest, measure, thread_counts
+    from ..models.machine import machine
+    from .sources import open_source
+
+    source = open_source(args.source, max_speed=True, loop=True)
+    try:
+        images = [frame.image for frame in _some(source, COMPARED)]
+    finally:
+        source.close()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = measure(
+        model_path(args.model),
+        images,
+        thread_counts(cores or 1),
+        head=args.head,
+        rounds=max(10, args.frames // 3),
+        progress=lambda turns: tqdm(turns, desc="bench", disable=args.json or None),
+    )
+    best = fastest(found)
+    rows = [{**asdict(one), "best": one is best} for one in found]
+    for row in rows:
+        row.update({key: None for key in ("p50_ms", "p90_ms") if row["note"]})
+    result = {"model": str(args.model), "source": source.name, "machine": machine(), "rows": rows}
+    print(json.dumps(result) if args.json else engines_table(result))
+    return 0
+
+
+def _some(source: Source, count: int) -> list[Frame]:
+    """Returns frames from all over the beginning of a source."""
+    found = []
+    for number in range(count * EVERY):
+        frame = source.read()
+        if frame is None:
+            break
+        if number % EVERY == 0:
+            found.append(frame)
+    return found
+
+
+def engines_table(found: dict[str, Any]) -> str:
+    """Returns what was measured of the engines as lines for people."""
+    lines = [
+        f"{found['model']} on {found['source']}, {found['machine']['cpu']}: bare network, in turn",
+        f"  {'engine':14}{'threads':>8}{'p50 ms':>9}{'p90 ms':>9}{'frames/s':>10}  sees the same",
+    ]
+    for row in found["rows"]:
+        start = f"  {row['engine']:14}{row['threads']:8}"
+        if row["note"]:
+            lines.append(f"{start}  {row['note']}")
+            continue
+        same = "" if row["same"] is None else f"{row['same']:.1f} %"
+        mark = "  <- auto" if row["best"] else ""
+        speed = f"{row['p50_ms']:9.2f}{row['p90_ms']:9.2f}{1000 / row['p50_ms']:10.1f}"
+        lines.append(f"{start}{speed}  {same:>7}{mark}")
+    lines.append("  sees the same: agreement (F1) with ONNX Runtime's boxes; auto wants 95 %")
+    return "\n".join(lines)
 
 
 def benchmark(

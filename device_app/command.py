@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import errno
-import getpass
 import json
 import os
 import signal
@@ -17,19 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+from ..models.arguments import number_type, whole_number
 from ..models.errors import EdgeSightError, OutputError
 from ..models.zoo import MODEL_HELP, model_path
+from .door import PORT_DEFAULT, announce, has_desktop, open_server
 
 if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
     from .loop import Loop
     from .sinks import Sink
     from .sources import Source
-    from .web.server import Server
 
 T = TypeVar("T")
-PORT_DEFAULT = 8765
-PORTS_TRIED = 20
 THREADS_MAX = 4
+CPU, AUTO = "onnxruntime", "auto"  # of models/engines.py and engine_choice.py, which load much
 SWITCH_INTERVAL_S = 0.0005
 """Python hands its lock on after this; the usual 5 ms would make the network's thread wait."""
 
@@ -68,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
     add(
         "--score",
-        type=_number(float, 0.05, 1.0),
+        type=number_type(float, 0.05, 1.0),
         default=0.35,
         help="score from which a box counts: shown, written, judged (default: %(default)s)",
     )
@@ -78,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads of the network (default: the cores less one, at most 4)",
     )
     add(
+        "--engine",
+        default=CPU,
+        metavar="NAME",
+        help="what runs the network: onnxruntime, cuda, tensorrt, openvino, as installed; or auto: "
+        "the fastest that sees the same, measured once and remembered (default: %(default)s)",
+    )
+    add(
         "--reference",
         metavar="FILE|none",
         help="model to compare with (default: the source's own boxes where it has some, else the "
@@ -85,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--accuracy-budget",
-        type=_number(float, 0.1, 100.0),
+        type=number_type(float, 0.1, 100.0),
         default=5.0,
         metavar="PERCENT",
         help="share of one core that the reference may take (default: %(default)s)",
@@ -133,10 +138,14 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     opening = _InThread(open_it, "edgesight-open")
     from ..models.detector import OnnxDetector
 
-    threads = args.threads or default_threads()
+    engine, threads = chosen_engine(args, say)
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: opening.value.close() if opening.value is not None else None)
-        detector = OnnxDetector(model_path(args.model), head=args.head, threads=threads)
+        detector = OnnxDetector(
+            model_path(args.model), head=args.head, threads=threads, engine=engine
+        )
+        if detector.engine_note:
+            say(f"engine: {detector.engine_note}; {detector.engine} runs it")
         from .accuracy import open_accuracy
         from .live import Controls, LiveView
         from .loop import Loop
@@ -182,6 +191,27 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.json:
         print(json.dumps(found), flush=True)
     return 0
+
+
+def chosen_engine(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+    """Returns the engine that runs the network, and with how many threads.
+
+    Raises:
+        EdgeSightError: The engine is not installed, or the model cannot be used.
+    """
+    threads = args.threads or default_threads()
+    if args.engine != AUTO:
+        return args.engine, threads
+    from ..models.dataset import load_image
+    from ..models.engine_choice import choose
+    from .sources_photos import SAMPLES
+
+    path = model_path(args.model)
+    images = [load_image(photo) for photo in sorted(SAMPLES.glob("*.jpg"))]
+    best, remembered = choose(path, images, threads, head=args.head, exactly=bool(args.threads))
+    how = "remembered" if remembered else "measured"
+    say(f"engine: {best.engine}, {best.threads} thread(s): {best.p50_ms:.1f} ms ({how})")
+    return best.engine, best.threads
 
 
 def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bool:
@@ -243,52 +273,6 @@ def open_sinks(args: argparse.Namespace, source: Source, classes: tuple[str, ...
                 sink.discard()
             raise
     return sinks
-
-
-def open_server(live: Any, host: str, port: int | None) -> Server:
-    """Starts the web page on the port that the user chose, else on the first free one.
-
-    Raises:
-        OutputError: The chosen port is in use, or all that were tried.
-    """
-    from .web.server import start_server
-
-    if port is not None:
-        return start_server(live, host, port)
-    for candidate in range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED):
-        try:
-            return start_server(live, host, candidate)
-        except OutputError as error:
-            if getattr(error.__cause__, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
-                raise  # a host that is not ours will not become so with another port
-    return start_server(live, host, 0)
-
-
-def announce(url: str, host: str, say: Callable[[str], None]) -> None:
-    """Prints where the page is, and over SSH how to reach it."""
-    say(f"live page: {url}   (Ctrl-C ends)")
-    connection = os.environ.get("SSH_CONNECTION", "").split()
-    port = url.rstrip("/").rpartition(":")[2]
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if not loopback:
-        address = connection[2] if len(connection) == 4 else "THIS-MACHINE"
-        say(f"  from other machines: http://{address}:{port}/ (anybody who reaches it can look)")
-    elif len(connection) == 4:
-        ssh_port = "" if connection[3] == "22" else f" -p {connection[3]}"
-        say(
-            "  you are here over SSH: on your own machine run\n"
-            f"    ssh{ssh_port} -N -L {port}:127.0.0.1:{port} {_user()}@{connection[2]}\n"
-            f"  and open http://127.0.0.1:{port}/ there"
-        )
-
-
-def has_desktop() -> bool:
-    """Returns whether a browser window would appear in front of the user."""
-    if any(os.environ.get(key) for key in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")):
-        return False
-    if sys.platform in ("darwin", "win32"):
-        return True
-    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def default_threads() -> int:
@@ -370,29 +354,3 @@ def _leave_stuck_threads() -> None:
         os._exit(code)
 
     atexit.register(leave)
-
-
-def whole_number(low: int, high: int) -> Callable[[str], Any]:
-    """Returns an argparse type: a whole number from ``low`` to ``high``."""
-    return _number(int, low, high)
-
-
-def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            message = f"expected a number from {low:g} to {high:g}, found {text!r}"
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return parse
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return "USER"

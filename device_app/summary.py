@@ -37,6 +37,7 @@ def summary(loop: Loop, *, threads: int, interrupted: bool) -> dict[str, Any]:
         "interrupted": interrupted,
         "written": [str(path) for path in loop.written],
         "warnings": list(loop.source.warnings),
+        "engine": loop.detector.engine,
         "threads": threads,
         "machine": machine(),
     }
@@ -57,6 +58,7 @@ def table(found: dict[str, Any]) -> str:
         f"  {name:12}{stage['p50']:9.2f}{stage['p90']:9.2f}{stage['p99']:9.2f}"
         for name, stage in found["stages"].items()
     ]
+    lines.append(f"  engine      {found['engine']}, {found['threads']} thread(s)")
     lines.append(f"  accuracy    {found['accuracy']['text']}")
     lines += [f"  written     {path}" for path in found["written"]]
     lines += [f"  note        {warning}" for warning in found["warnings"]]

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from .boxes import nms_per_class
 from .detections import Detections, FloatArray
-from .errors import ModelFileError
-from .files import is_file
+from .engines import CPU, Net, OrtNet, one_line, open_engine, require
+from .errors import EdgeSightError, ModelFileError
 from .heads import HEADS
 from .preprocess import Image, Placement, prepare
 from .recognise import check_raw, read_spec
 from .spec import ModelSpec
 
-WEIGHT_ROUNDING = "WeightBiasQuantization"
-"""ONNX Runtime's pass that rounds float weights between quantizers, per tensor, unasked: what was
-left in float because it has to be would not be."""
 SCORE_MIN_EVAL = 0.05
 """Floor for accuracy on a live picture; `evaluate.SCORE_MIN_AP` is the one for published AP."""
 
 
 class OnnxDetector:
-    """A detector in ONNX Runtime on the CPU.
+    """A detector from an ONNX file, in ONNX Runtime on the CPU unless another engine is asked for.
 
     Calling it walks the whole image road; the three stages can be called one by one to time them.
+    Another engine is used only if it runs the network here and gives outputs of the same shapes;
+    else ONNX Runtime stays, and ``engine_note`` says why.
 
     Args:
         path: The ONNX file.
@@ -39,9 +36,15 @@ class OnnxDetector:
         spinning: Whether idle threads burn their core waiting for the next frame. Off by default:
             on a board with a camera they would burn it between frames.
         optimized_path: Where to save ONNX Runtime's optimised graph, to be looked at.
+        engine: Key of ``engines.ENGINES``.
+
+    Attributes:
+        engine: The engine that runs it.
+        engine_note: Why that is not the one that was asked for; None if it is.
 
     Raises:
         ModelFileError: The file is missing, not ONNX, damaged, or fits no head.
+        InputError: The engine is not installed.
     """
 
     def __init__(
@@ -52,40 +55,39 @@ class OnnxDetector:
         threads: int = 1,
         spinning: bool = False,
         optimized_path: Path | None = None,
+        engine: str = CPU,
     ) -> None:
         """Loads the model and runs it once."""
         self.path = Path(path)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = max(1, threads)
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        if optimized_path is not None:
-            options.optimized_model_filepath = os.fspath(optimized_path)
-        self.session = open_session(self.path, options)
-        inputs = {i.name: _shape(i.shape) for i in self.session.get_inputs()}
-        outputs = {o.name: _shape(o.shape) for o in self.session.get_outputs()}
-        metadata = self.session.get_modelmeta().custom_metadata_map
+        require(engine)
+        net = OrtNet(self.path, threads=threads, spinning=spinning, optimized_path=optimized_path)
+        self._net: Net = net
+        self.engine = CPU
+        self.engine_note: str | None = None
+        inputs = {i.name: _shape(i.shape) for i in net.session.get_inputs()}
+        outputs = {o.name: _shape(o.shape) for o in net.session.get_outputs()}
+        metadata = net.session.get_modelmeta().custom_metadata_map
         try:
             self.spec: ModelSpec = read_spec(inputs, outputs, metadata, head)
         except ModelFileError as error:
             message = f"{self.path}: {error}"
             raise ModelFileError(message) from None
-        self._input_name = next(iter(inputs))
-        self._check_input(inputs[self._input_name], self.session.get_inputs()[0].type)
+        self._check_input(next(iter(inputs.values())), net.session.get_inputs()[0].type)
         # The first run allocates and, on some boards, compiles: nobody should time it.
         try:
             tensor, placement = self.preprocess(np.zeros((*self.spec.input_hw, 3), np.uint8))
             raw = self.infer(tensor)
             self.postprocess(raw, placement)
         except Exception as error:
-            message = f"{self.path}: expected a model that runs, found: {_one_line(error)}"
+            message = f"{self.path}: expected a model that runs, found: {one_line(error)}"
             raise ModelFileError(message) from error
         try:
             check_raw(self.spec, raw)
         except ModelFileError as error:
             message = f"{self.path}: {error}"
             raise ModelFileError(message) from None
+        if engine != CPU:
+            self._move_to(engine, threads, tensor, raw)
 
     def preprocess(self, image: Image) -> tuple[npt.NDArray[Any], Placement]:
         """Returns the network's input for a BGR picture, and where the picture lies in it."""
@@ -93,8 +95,7 @@ class OnnxDetector:
 
     def infer(self, tensor: npt.NDArray[Any]) -> list[FloatArray]:
         """Runs the network on one prepared picture and returns its raw outputs."""
-        outputs: list[FloatArray] = self.session.run(None, {self._input_name: tensor})
-        return outputs
+        return self._net.infer(tensor)
 
     def postprocess(
         self,
@@ -112,6 +113,21 @@ class OnnxDetector:
         """Detects in one BGR picture, uint8 ``(height, width, 3)``."""
         tensor, placement = self.preprocess(image)
         return self.postprocess(self.infer(tensor), placement, score_min, limit)
+
+    def _move_to(
+        self, engine: str, threads: int, tensor: npt.NDArray[Any], raw: list[FloatArray]
+    ) -> None:
+        """Lets another engine run the network, if it can."""
+        try:
+            net = open_engine(engine, self.path, threads)
+            shapes = [out.shape for out in net.infer(tensor)]
+        except EdgeSightError as error:
+            self.engine_note = f"{engine} does not run it: {str(error).split(';')[0]}"
+            return
+        if shapes != [out.shape for out in raw]:
+            self.engine_note = f"{engine} does not run it: its outputs have other shapes, {shapes}"
+            return
+        self._net, self.engine = net, engine
 
     def _check_input(self, shape: tuple[int, ...], kind: str) -> None:
         height, width = self.spec.input_hw
@@ -145,30 +161,5 @@ def decode(
     return Detections(placement.to_source(xyxy[kept]), score[kept], label[kept])
 
 
-def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    """Opens an ONNX file, or raises ``ModelFileError`` with one clear line."""
-    if not is_file(path):
-        message = f"{path}: expected an ONNX model, found no such file; check the path"
-        raise ModelFileError(message)
-    try:
-        return ort.InferenceSession(
-            os.fspath(path),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=[WEIGHT_ROUNDING],
-        )
-    except Exception as error:  # ONNX Runtime raises many kinds; each means the file is unusable
-        size = path.stat().st_size
-        message = (
-            f"{path}: expected an ONNX model, found {size} bytes that ONNX Runtime cannot load "
-            f"({_one_line(error)}); copy or export it again"
-        )
-        raise ModelFileError(message) from error
-
-
 def _shape(shape: Sequence[int | str | None]) -> tuple[int, ...]:
     return tuple(s if isinstance(s, int) else 0 for s in shape)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from edgesight.__main__ import main
-from edgesight.device_app import command
+from edgesight.device_app import command, door
 from edgesight.models.errors import OutputError
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
@@ -60,19 +60,19 @@ def test_default_port_moves_on_and_a_chosen_one_does_not(
     fake = types.ModuleType("edgesight.device_app.web.server")
     fake.start_server = start_server  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "edgesight.device_app.web.server", fake)
-    assert command.open_server(None, "127.0.0.1", None).url == "http://127.0.0.1:8767/"
-    assert command.open_server(None, "127.0.0.1", 9000).url == "http://127.0.0.1:9000/"
+    assert door.open_server(None, "127.0.0.1", None).url == "http://127.0.0.1:8767/"
+    assert door.open_server(None, "127.0.0.1", 9000).url == "http://127.0.0.1:9000/"
     with pytest.raises(OutputError, match="8765"):
-        command.open_server(None, "127.0.0.1", 8765)
+        door.open_server(None, "127.0.0.1", 8765)
     asked.clear()
     with pytest.raises(OutputError, match="nowhere"):  # told at once: each look-up takes seconds
-        command.open_server(None, "nowhere", None)
+        door.open_server(None, "nowhere", None)
     assert asked == [8767]
 
 
 def said(url: str, host: str) -> str:
     lines: list[str] = []
-    command.announce(url, host, lines.append)
+    door.announce(url, host, lines.append)
     return "\n".join(lines)
 
 
@@ -81,7 +81,7 @@ def test_address_and_over_ssh_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> 
     url = "http://127.0.0.1:8765/"
     assert url in said(url, "127.0.0.1")
     assert "ssh" not in said(url, "127.0.0.1")
-    monkeypatch.setattr(command, "_user", lambda: "pi")
+    monkeypatch.setattr(door, "_user", lambda: "pi")
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.2 22")
     assert "ssh -N -L 8765:127.0.0.1:8765 pi@10.0.0.2" in said(url, "127.0.0.1")
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.2 2222")
@@ -96,15 +96,15 @@ def test_browser_opens_only_in_front_of_the_user(monkeypatch: pytest.MonkeyPatch
     for key in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert not command.has_desktop()
+    assert not door.has_desktop()
     monkeypatch.setenv("DISPLAY", ":0")
-    assert command.has_desktop()
+    assert door.has_desktop()
     monkeypatch.setenv("SSH_TTY", "/dev/pts/1")
-    assert not command.has_desktop()
+    assert not door.has_desktop()
     monkeypatch.delenv("SSH_TTY")
     monkeypatch.delenv("DISPLAY")
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
-    assert command.has_desktop()
+    assert door.has_desktop()
 
 
 def test_default_threads_leave_a_core() -> None:
