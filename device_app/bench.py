@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     from ..models.detector import OnnxDetector
     from ..models.errors import SourceError
-    from .sources import open_source
+    from .open_source import open_source
 
     if args.engines:
         return _engines(args)
@@ -104,7 +104,7 @@ def _engines(args: argparse.Namespace) -> int:
 
     from ..models.engine_choice import fastest, measure, thread_counts
     from ..models.machine import machine
-    from .sources import open_source
+    from .open_source import open_source
 
     source = open_source(args.source, max_speed=True, loop=True)
     try:

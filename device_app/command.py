@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from ..models.arguments import number_type, whole_number
 from ..models.errors import EdgeSightError, OutputError
 from ..models.zoo import MODEL_HELP, model_path
+from .camera_options import add_camera_arguments, camera_options
 from .door import PORT_DEFAULT, announce, has_desktop, open_server
 
 if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         default="samples",
         metavar="WHAT",
-        help="'samples', a camera number, a video or photo, a folder of photos (with COCO boxes in "
+        help="'samples', a camera number, picamera or jetson, 'gst:PIPELINE', a video or photo, a "
+        "folder of photos (with COCO boxes in "
         "instances.json or without), a COCO JSON file, or a stream address rtsp://, http:// "
         "(default: samples)",
     )
@@ -106,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
     add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
     add("--json", action="store_true", help="end with one JSON object as the last line")
+    add_camera_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -129,10 +132,12 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     max_speed = (args.speed or ("max" if args.display == "none" else "recorded")) == "max"
 
-    def open_it() -> Source:
-        from .sources import open_source
+    asked = camera_options(args)
 
-        return open_source(args.source, max_speed=max_speed, loop=args.loop)
+    def open_it() -> Source:
+        from .open_source import open_source
+
+        return open_source(args.source, max_speed=max_speed, loop=args.loop, camera=asked)
 
     # Beside the model: a stream takes its time, and must not hold up Ctrl-C meanwhile.
     opening = _InThread(open_it, "edgesight-open")

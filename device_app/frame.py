@@ -17,9 +17,11 @@ class Frame:
         sequence: Number since the source was opened, from 0.
         captured_s: Monotonic time in seconds at which it came out of the source.
         truth: The boxes that a labelled source knows to be there; None elsewhere.
+        small: The same view with fewer pixels, for the network; None where ``image`` serves.
     """
 
     image: Image
     sequence: int
     captured_s: float
     truth: GroundTruth | None = None
+    small: Image | None = None

@@ -1,4 +1,4 @@
-"""Where frames come from: one protocol for every source, and the door that opens one."""
+"""Where frames come from: one protocol for every source, and what all of them share."""
 
 from __future__ import annotations
 
@@ -8,22 +8,42 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from ..models.dataset import PHOTO_SUFFIXES, GroundTruth
+import cv2
+import numpy as np
+
+from ..models.dataset import GroundTruth
 from ..models.errors import SourceError
-from ..models.files import is_folder
 from ..models.preprocess import Image
 from .frame import Frame
 
-STREAM_SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "udp", "tcp", "srt")
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 10.0
+TURNS: dict[int, int | None] = {
+    0: None,
+    90: cv2.ROTATE_90_CLOCKWISE,
+    180: cv2.ROTATE_180,
+    270: cv2.ROTATE_90_COUNTERCLOCKWISE,
+}
 CLOSE_WAIT_S = 0.2
 """So long ``close`` waits for a read that is under way; then it leaves the device to its thread."""
 
-Picture = tuple[Image, "GroundTruth | None"]
+
+class Picture(NamedTuple):
+    """What a source has read.
+
+    Attributes:
+        image: uint8 ``(height, width, 3)``, BGR.
+        truth: The boxes that are known to be there.
+        small: The same view with fewer pixels, for the network.
+        captured_s: When it was taken, on the monotonic clock in seconds; None: now.
+    """
+
+    image: Image
+    truth: GroundTruth | None = None
+    small: Image | None = None
+    captured_s: float | None = None
 
 
 class Source(Protocol):
@@ -93,11 +113,12 @@ class BaseSource(ABC):
         name: What people call it.
         fps: Frames per second that it means to give; 0 if unknown.
         paced: Whether ``read`` holds back to ``fps``.
+        rotate_deg: Clockwise turn of the pictures: 0, 90, 180 or 270.
     """
 
     live = False
 
-    def __init__(self, name: str, fps: float, *, paced: bool = False) -> None:
+    def __init__(self, name: str, fps: float, *, paced: bool = False, rotate_deg: int = 0) -> None:
         """Starts before the first frame."""
         self.name = name
         self.fps = fps
@@ -110,6 +131,8 @@ class BaseSource(ABC):
         self._lock = threading.Lock()
         self._released = False
         self._sequence = 0
+        self._turn = TURNS[rotate_deg]
+        self._captured_s = 0.0
 
     def read(self) -> Frame | None:
         """Returns the next frame, or None at the end."""
@@ -123,7 +146,16 @@ class BaseSource(ABC):
             self.state = "ended"
             return None
         self._sequence += 1
-        return Frame(picture[0], self._sequence - 1, time.monotonic(), picture[1])
+        image, truth, small, captured_s = picture
+        if self._turn is not None:
+            image = np.asarray(cv2.rotate(image, self._turn), np.uint8)
+            small = None if small is None else np.asarray(cv2.rotate(small, self._turn), np.uint8)
+        now = time.monotonic()
+        # Never from the future, and never before the frame that came before.
+        self._captured_s = max(
+            self._captured_s, min(now, now if captured_s is None else captured_s)
+        )
+        return Frame(image, self._sequence - 1, self._captured_s, truth, small)
 
     def close(self) -> None:
         """Ends a waiting ``read`` and gives the device back."""
@@ -265,64 +297,7 @@ class ListSource(BaseSource):
         if self._at >= len(self._images):
             return None
         self._at += 1
-        return self._images[self._at - 1], None
-
-
-def open_source(text: str, *, max_speed: bool = False, loop: bool = False) -> Source:
-    """Opens what the user named.
-
-    Args:
-        text: ``samples``, a camera number or ``/dev/videoN``, a video or photo file, a folder of
-            photos (with COCO boxes if it has them), or the address of a stream.
-        max_speed: Files as fast as they can be read, not at their recorded speed.
-        loop: Whether files start again at their end; the samples always do.
-
-    Raises:
-        SourceError: It is absent, empty, corrupt or busy.
-        DatasetError: The folder's photos or boxes are wrong.
-    """
-    scheme = text.partition("://")[0].lower() if "://" in text else ""
-    camera = re.fullmatch(r"(?:/dev/video)?(\d+)", text)
-    if scheme and scheme != "file":
-        if scheme not in STREAM_SCHEMES:
-            message = (
-                f"{redacted(text)}: expected an address of {', '.join(STREAM_SCHEMES)}, "
-                f"found {scheme}"
-            )
-            raise SourceError(message)
-        from .sources_opencv import open_stream
-
-        return open_stream(text, max_speed=max_speed, loop=loop)
-    if camera:
-        from .sources_opencv import Webcam
-
-        index = int(camera[1])
-        return ReopeningSource(lambda: Webcam(index))
-    if text == "samples":
-        from .sources_photos import SampleFootage
-
-        return SampleFootage(paced=not max_speed)
-    path = Path(text.removeprefix("file://")).expanduser()
-    if not text or not _exists(path):
-        message = (
-            f"{text or '--source'}: expected a video, a photo, a folder, a camera number, an "
-            "address or 'samples', found no such file; check the path"
-        )
-        raise SourceError(message)
-    if is_folder(path) or path.suffix.lower() in (".json", *PHOTO_SUFFIXES):
-        from .sources_photos import open_photos
-
-        return open_photos(path, paced=not max_speed, loop=loop)
-    from .sources_opencv import VideoFile
-
-    return VideoFile(str(path), paced=not max_speed, loop=loop)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, or a folder that is closed to us
-        return False
+        return Picture(self._images[self._at - 1])
 
 
 def redacted(address: str) -> str:

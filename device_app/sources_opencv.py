@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from ..models.errors import SourceError
+from .camera_options import CameraOptions
 from .sources import BaseSource, Picture, ReopeningSource, Source, redacted
 
 TIMEOUT_MS = 5000
@@ -63,21 +64,21 @@ class VideoFile(BaseSource):
                 )
             return None
         self._read += 1
-        return image, None
+        return Picture(image)
 
     def _release(self) -> None:
         self._capture.release()
 
 
-class _Live(BaseSource):
+class LivePipe(BaseSource):
     """A camera or a stream that OpenCV has open; losing it is an error, not an end."""
 
     live = True
 
-    def __init__(self, name: str, capture: Any) -> None:
+    def __init__(self, name: str, capture: Any, rotate_deg: int = 0) -> None:
         self._capture = capture
         fps = capture.get(cv2.CAP_PROP_FPS)
-        super().__init__(name, fps if 0 < fps < 1000 else 0.0)
+        super().__init__(name, fps if 0 < fps < 1000 else 0.0, rotate_deg=rotate_deg)
 
     def _next(self) -> Picture | None:
         began = time.monotonic()
@@ -88,24 +89,26 @@ class _Live(BaseSource):
             waited = f" for {self.waited_s:.0f} s" if self.waited_s >= 1 else ""
             message = f"{self.name}: expected a frame, found none{waited}; check cable and power"
             raise SourceError(message)
-        return _three_channels(image), None
+        return Picture(_three_channels(image))
 
     def _release(self) -> None:
         self._capture.release()
 
 
-class Webcam(_Live):
+class Webcam(LivePipe):
     """A camera of this machine.
 
     Args:
         index: Its number: 0 is ``/dev/video0``.
+        options: What it is asked for.
 
     Raises:
         SourceError: There is none, it is busy, or it gives no frame.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, options: CameraOptions | None = None) -> None:
         """Opens the camera."""
+        options = options or CameraOptions()
         linux = sys.platform.startswith("linux")
         quiet_opencv()
         device = Path(f"/dev/video{index}")
@@ -116,10 +119,41 @@ class Webcam(_Live):
             capture.release()
             raise SourceError(_no_camera(index))
         capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
-        super().__init__(f"camera {index}", capture)
+        refused = _set(capture, options)
+        super().__init__(f"camera {index}", capture, options.rotate_deg)
+        self.warnings += [f"camera {index}: {line}" for line in refused]
 
 
-class Stream(_Live):
+def _set(capture: Any, options: CameraOptions) -> list[str]:
+    """Asks a camera for what was wished, and returns what it did not do."""
+    wanted: dict[str, list[tuple[int, float]]] = {}
+    if options.size_wh is not None:
+        width, height = options.size_wh
+        sides = (cv2.CAP_PROP_FRAME_WIDTH, width), (cv2.CAP_PROP_FRAME_HEIGHT, height)
+        if width * height > 640 * 480:  # more does not fit through USB 2 without compression
+            capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*"MJPG"))
+        wanted[f"{width}x{height} px"] = list(sides)
+    if options.fps is not None:
+        wanted[f"{options.fps:g} frames/s"] = [(cv2.CAP_PROP_FPS, options.fps)]
+    if options.focus is not None:
+        wanted["focus"] = [(cv2.CAP_PROP_AUTOFOCUS, float(options.focus == "auto"))]
+    if options.focus_dioptres is not None:
+        wanted["focus"].append((cv2.CAP_PROP_FOCUS, options.focus_dioptres))
+    if options.exposure_us is not None:  # V4L2: 1 is manual, and it counts in 100 us
+        exposure = (cv2.CAP_PROP_EXPOSURE, max(1.0, options.exposure_us / 100))
+        wanted["exposure"] = [(cv2.CAP_PROP_AUTO_EXPOSURE, 1.0), exposure]
+    refused = []
+    for what, settings in wanted.items():
+        done = [capture.set(key, value) for key, value in settings]
+        got = [capture.get(key) for key, _ in settings]
+        same = all(abs(g - v) < 0.5 for g, (_, v) in zip(got, settings, strict=True))
+        if not (all(done) and same):
+            given = "x".join(f"{value:g}" for value in got)
+            refused.append(f"asked for {what}, gives {given}")
+    return refused
+
+
+class Stream(LivePipe):
     """A stream behind an address; RTSP with as little delay as FFMPEG allows.
 
     Args:

@@ -56,7 +56,7 @@ class SampleFootage(BaseSource):
         if self._loaded[0] != place:
             self._loaded = (place, load_image(self._photos[place]))
         self._at += 1
-        return pan_and_zoom(self._loaded[1], step / per_photo, leftwards=turn % 2 == 1), None
+        return Picture(pan_and_zoom(self._loaded[1], step / per_photo, leftwards=turn % 2 == 1))
 
 
 def pan_and_zoom(image: Image, progress: float, *, leftwards: bool = False) -> Image:
@@ -113,7 +113,7 @@ class PhotoFolder(BaseSource):
         truth = None if self._truths is None else self._truths[self._at]
         image = self._dataset.photos[self._at].load()
         self._at += 1
-        return image, truth
+        return Picture(image, truth)
 
 
 def open_photos(path: Path, *, paced: bool, loop: bool) -> PhotoFolder:

@@ -36,6 +36,16 @@ class Placement:
         scale = np.array(self.scale_xy * 2, np.float32)
         return clip_boxes((xyxy - offset) / scale, self.source_wh)
 
+    def seen_from(self, size_wh: tuple[int, int]) -> Placement:
+        """Returns the placement for another size of the same view, as a camera's larger stream.
+
+        Args:
+            size_wh: Of the picture whose pixels boxes are to be given in.
+        """
+        ratio_x, ratio_y = (own / other for own, other in zip(self.source_wh, size_wh, strict=True))
+        scale = (self.scale_xy[0] * ratio_x, self.scale_xy[1] * ratio_y)
+        return Placement(scale, self.offset_xy, size_wh)
+
     def to_input(self, xyxy: FloatArray) -> FloatArray:
         """Returns boxes given in source pixels as input pixels."""
         moved: FloatArray = xyxy * np.array(self.scale_xy * 2, np.float32)

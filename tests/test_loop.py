@@ -214,7 +214,7 @@ def test_judged_frames_are_those_of_the_source(detector: Any, tmp_path: Path) ->
             grey = 230 if self._sequence % 2 else 20
             box, label = ([0, 0, 32, 32], 0) if grey == 230 else ([32, 32, 64, 64], 1)
             truth = GroundTruth.of_boxes(np.array([box], np.float32), np.array([label]))
-            return np.full((64, 64, 3), grey, np.uint8), truth
+            return Picture(np.full((64, 64, 3), grey, np.uint8), truth)
 
     accuracy = LabelAccuracy(detector.spec.classes, detector.spec.classes, "test", 0.35)
     loop = run(Loop(Labelled("labelled", 0), detector, accuracy=accuracy, lossless=True))

@@ -317,7 +317,7 @@ def test_stuck_driver_does_not_keep_the_process(tmp_path: Path, tiny: str) -> No
     program = f"""
 import atexit, sys, threading, time
 atexit.register(print, "Python was taken apart")
-from edgesight.device_app import sources
+from edgesight.device_app import open_source, sources
 class Stuck(sources.BaseSource):
     live = True
     def _next(self):
@@ -325,8 +325,8 @@ class Stuck(sources.BaseSource):
         if self._sequence == 20:
             time.sleep(1000)
         time.sleep(0.01)
-        return np.zeros((32, 32, 3), np.uint8), None
-sources.open_source = lambda *args, **options: Stuck("stuck", 30)
+        return sources.Picture(np.zeros((32, 32, 3), np.uint8))
+open_source.open_source = lambda *args, **options: Stuck("stuck", 30)
 threading.Timer(3, lambda: __import__("os").kill(__import__("os").getpid(), 2)).start()
 from edgesight.__main__ import main
 sys.exit(main(["run", "--model", {tiny!r}, "--display", "none", "--reference", "none"]))
@@ -347,6 +347,8 @@ def test_table_shows_what_was_written_and_what_went_wrong() -> None:
             "frames": 1,
             "elapsed_s": 2.0,
             "dropped": 3,
+            "engine": "onnxruntime",
+            "threads": 1,
             "first_boxes_s": None,
             "capture_fps": 4.0,
             "fps": 5.0,
@@ -360,3 +362,4 @@ def test_table_shows_what_was_written_and_what_went_wrong() -> None:
     assert "written     a.jsonl" in text
     assert "note        camera 0 was lost" in text
     assert "accuracy    fine" in text
+    assert "engine      onnxruntime, 1 thread(s)" in text

@@ -16,12 +16,8 @@ import numpy as np
 import pytest
 from edgesight.device_app import sources_photos
 from edgesight.device_app.frame import Frame
-from edgesight.device_app.sources import (
-    ListSource,
-    Pacer,
-    Source,
-    open_source,
-)
+from edgesight.device_app.open_source import open_source
+from edgesight.device_app.sources import ListSource, Pacer, Source
 from edgesight.device_app.sources_photos import PhotoFolder
 from edgesight.models.dataset import Dataset, GroundTruth, Photo
 from edgesight.models.errors import DatasetError, SourceError

@@ -16,20 +16,22 @@ import numpy as np
 import pytest
 from edgesight.device_app import sources_opencv
 from edgesight.device_app.frame import Frame
+from edgesight.device_app.open_source import open_source
 from edgesight.device_app.sources import (
     BaseSource,
     ListSource,
     Picture,
     ReopeningSource,
     Source,
-    open_source,
     redacted,
 )
 from edgesight.models.errors import SourceError
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
-GUARD_S = 60
-"""No test should ever wait so long; it only keeps a hang from blocking the suite."""
+contract: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).with_name("source_contract.py")))
+)
+GUARD_S = contract.GUARD_S
 
 
 @pytest.fixture
@@ -80,57 +82,9 @@ def any_source(
         source.close()
 
 
-def test_contract_frames_are_bgr_numbered_and_stamped(any_source: Callable[[], Source]) -> None:
-    source = any_source()
-    assert source.state == "running"
-    assert source.name
-    frames = [source.read() for _ in range(10)]
-    stamps = []
-    for i, frame in enumerate(frames):
-        assert frame is not None
-        assert frame.image.dtype == np.uint8
-        assert frame.image.ndim == 3
-        assert frame.image.shape[2] == 3
-        assert frame.sequence == i
-        stamps.append(frame.captured_s)
-    assert stamps == sorted(stamps)
-    assert abs(stamps[-1] - time.monotonic()) < GUARD_S
-    first, last = frames[0], frames[-1]
-    assert first is not None
-    assert last is not None
-    assert not np.array_equal(first.image, last.image), "a later read must not overwrite a frame"
-
-
-def test_contract_close_is_idempotent_and_reopening_works(
-    any_source: Callable[[], Source],
-) -> None:
-    source = any_source()
-    assert source.read() is not None
-    source.close()
-    source.close()
-    assert source.read() is None
-    assert source.state == "ended"
-    again = any_source()
-    frame = again.read()
-    assert frame is not None
-    assert frame.sequence == 0
-
-
-def test_contract_close_from_another_thread_ends_reading(
-    any_source: Callable[[], Source],
-) -> None:
-    source = any_source()
-
-    def read_on() -> None:
-        while source.read() is not None:
-            time.sleep(0.001)
-
-    reader = threading.Thread(target=read_on, daemon=True)
-    reader.start()
-    time.sleep(0.05)
-    source.close()
-    reader.join(GUARD_S)
-    assert not reader.is_alive()
+@pytest.mark.parametrize("check", contract.ALWAYS, ids=lambda check: check.__name__)
+def test_contract(any_source: Callable[[], Source], check: Callable[[Any], None]) -> None:
+    check(any_source)
 
 
 def all_frames(source: Source) -> list[Frame]:
@@ -245,7 +199,7 @@ class Flaky(BaseSource):
         if self._sequence == 2:
             message = "flaky: expected a frame, found none; check the cable"
             raise SourceError(message)
-        return np.zeros((4, 4, 3), np.uint8), None
+        return Picture(np.zeros((4, 4, 3), np.uint8))
 
 
 def test_pauses_between_attempts_grow_up_to_a_limit() -> None:
@@ -307,7 +261,7 @@ def test_close_during_a_hanging_read_returns_and_the_device_is_given_back_later(
         def _next(self) -> Picture | None:
             entered.set()
             go_on.wait(GUARD_S)
-            return np.zeros((4, 4, 3), np.uint8), None
+            return Picture(np.zeros((4, 4, 3), np.uint8))
 
         def _release(self) -> None:
             assert go_on.is_set(), "released under a read that is under way"
