@@ -19,7 +19,7 @@ from ..models.arguments import number_type, whole_number
 from ..models.errors import EdgeSightError, OutputError
 from ..models.zoo import MODEL_HELP, model_path
 from .camera_options import add_camera_arguments, camera_options
-from .door import PORT_DEFAULT, announce, has_desktop, open_server
+from .door import PORT_DEFAULT, announce, has_desktop, open_server, page_token
 
 if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
     from .loop import Loop
@@ -57,7 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--host",
         default="127.0.0.1",
-        help="address that the page listens on (default: %(default)s)",
+        help="address that the page listens on; beyond this machine it asks for a token, which the "
+        "link that is printed holds (default: %(default)s)",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the page's token, as the variable EDGESIGHT_TOKEN does (default: a new one for "
+        "each run)",
     )
     add(
         "--port",
@@ -133,6 +141,7 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     max_speed = (args.speed or ("max" if args.display == "none" else "recorded")) == "max"
 
     asked = camera_options(args)
+    token = page_token(args.host, args.token_file) if args.display == "web" else None
 
     def open_it() -> Source:
         from .open_source import open_source
@@ -158,11 +167,11 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         source = opening.result()
         live = LiveView(Controls(score_min=args.score))
         if args.display == "web":
-            server = open_server(live, args.host, args.port)
+            server = open_server(live, args.host, args.port, token)
             stack.callback(server.stop)
-            announce(server.url, args.host, say)
+            here = announce(server.url, args.host, token, say)
             if not args.no_browser and has_desktop():
-                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+                threading.Thread(target=webbrowser.open, args=(here,), daemon=True).start()
         accuracy = open_accuracy(
             detector,
             source.classes,

@@ -4,21 +4,61 @@ from __future__ import annotations
 
 import errno
 import getpass
+import io
 import os
+import re
+import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.errors import OutputError
+from ..models.errors import InputError, OutputError
 
 if TYPE_CHECKING:  # imported when the page is opened, so that --help is instant
     from .web.server import Server
 
 PORT_DEFAULT = 8765
 PORTS_TRIED = 20
+TOKEN_VARIABLE = "EDGESIGHT_TOKEN"
+TOKEN_MIN, TOKEN_MAX = 16, 200
 
 
-def open_server(live: Any, host: str, port: int | None) -> Server:
+def page_token(host: str, file: Path | None) -> str | None:
+    """Returns what the live page asks its viewers for.
+
+    Args:
+        host: Address that it listens on.
+        file: Holds the user's own token, as does the environment's ``EDGESIGHT_TOKEN``; without
+            either there is a new one for each run, and none where only this machine can look.
+
+    Raises:
+        InputError: The user's own cannot be read, or is none.
+    """
+    from .web.guard import is_loopback, new_token
+
+    own = os.environ.get(TOKEN_VARIABLE)
+    what = TOKEN_VARIABLE
+    if file is not None:
+        what = str(file)
+        try:
+            own = file.read_text(encoding="utf-8")[: TOKEN_MAX + 2]
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"{file}: expected a file that holds a token, found none ({error})"
+            raise InputError(message) from error
+    if own is not None:
+        own = own.strip()
+        if not re.fullmatch(rf"[A-Za-z0-9._~-]{{{TOKEN_MIN},{TOKEN_MAX}}}", own):
+            message = (
+                f"{what}: expected a token of {TOKEN_MIN} to {TOKEN_MAX} letters, digits and ._~-, "
+                f"found {len(own)} characters or others; make one with openssl rand -hex 16"
+            )
+            raise InputError(message)
+        return own
+    return None if is_loopback(host) else new_token()
+
+
+def open_server(live: Any, host: str, port: int | None, token: str | None = None) -> Server:
     """Starts the web page on the port that the user chose, else on the first free one.
 
     Raises:
@@ -27,32 +67,73 @@ def open_server(live: Any, host: str, port: int | None) -> Server:
     from .web.server import start_server
 
     if port is not None:
-        return start_server(live, host, port)
+        return start_server(live, host, port, token=token)
     for candidate in range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED):
         try:
-            return start_server(live, host, candidate)
+            return start_server(live, host, candidate, token=token)
         except OutputError as error:
             if getattr(error.__cause__, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
                 raise  # a host that is not ours will not become so with another port
-    return start_server(live, host, 0)
+    return start_server(live, host, 0, token=token)
 
 
-def announce(url: str, host: str, say: Callable[[str], None]) -> None:
-    """Prints where the page is, and over SSH how to reach it."""
-    say(f"live page: {url}   (Ctrl-C ends)")
-    connection = os.environ.get("SSH_CONNECTION", "").split()
+def announce(url: str, host: str, token: str | None, say: Callable[[str], None]) -> str:
+    """Prints where the page is, and how to reach it from elsewhere.
+
+    Args:
+        url: Of the page, on this machine.
+        host: Address that it listens on.
+        token: What it asks for.
+        say: Prints.
+
+    Returns:
+        The address to open here.
+    """
+    from .web.guard import is_loopback
+
+    tail = f"?token={token}" if token else ""
     port = url.rstrip("/").rpartition(":")[2]
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if not loopback:
-        address = connection[2] if len(connection) == 4 else "THIS-MACHINE"
-        say(f"  from other machines: http://{address}:{port}/ (anybody who reaches it can look)")
-    elif len(connection) == 4:
-        ssh_port = "" if connection[3] == "22" else f" -p {connection[3]}"
-        say(
-            "  you are here over SSH: on your own machine run\n"
-            f"    ssh{ssh_port} -N -L {port}:127.0.0.1:{port} {_user()}@{connection[2]}\n"
-            f"  and open http://127.0.0.1:{port}/ there"
-        )
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    over_ssh = len(connection) == 4
+    if is_loopback(host):
+        say(f"live page: {url}{tail}   (Ctrl-C ends)")
+        if over_ssh:
+            ssh_port = "" if connection[3] == "22" else f" -p {connection[3]}"
+            say(
+                "  you are here over SSH: on your own machine run\n"
+                f"    ssh{ssh_port} -N -L {port}:127.0.0.1:{port} {_user()}@{connection[2]}\n"
+                f"  and open http://127.0.0.1:{port}/{tail} there"
+            )
+        return f"{url}{tail}"
+    everywhere = host in ("0.0.0.0", "::")
+    address = host if not everywhere else connection[2] if over_ssh else own_address()
+    shown = f"[{address}]" if ":" in address else address
+    link = f"http://{shown}:{port}/{tail}"
+    say(f"live page: {link}   (Ctrl-C ends)")
+    if token:
+        say("  whoever has this link can look and change settings; it is not encrypted on its way")
+    if sys.stdout.isatty():
+        say(qr_code(link))
+    return f"http://127.0.0.1:{port}/{tail}" if everywhere else link
+
+
+def own_address() -> str:
+    """Returns this machine's address in its network; nothing is sent to find it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # an address that is nobody's (RFC 5737)
+            return str(probe.getsockname()[0])
+    except OSError:  # no network at all
+        return socket.gethostname()
+
+
+def qr_code(text: str) -> str:
+    """Returns a QR code to print in a terminal."""
+    import segno
+
+    out = io.StringIO()
+    segno.make(text, error="l", micro=False).terminal(out, compact=True, border=2)
+    return out.getvalue().rstrip("\n")
 
 
 def has_desktop() -> bool:

@@ -47,7 +47,7 @@ def test_default_port_moves_on_and_a_chosen_one_does_not(
     import socket
     import types
 
-    def start_server(live: Any, host: str, port: int) -> FakeServer:
+    def start_server(live: Any, host: str, port: int, *, token: str | None) -> FakeServer:
         if port in (8765, 8766):
             message = f"{host}:{port}: expected a free port, found it in use; choose another"
             raise OutputError(message) from OSError(errno.EADDRINUSE, "in use")
@@ -70,9 +70,9 @@ def test_default_port_moves_on_and_a_chosen_one_does_not(
     assert asked == [8767]
 
 
-def said(url: str, host: str) -> str:
+def said(url: str, host: str, token: str | None = None) -> str:
     lines: list[str] = []
-    door.announce(url, host, lines.append)
+    door.announce(url, host, token, lines.append)
     return "\n".join(lines)
 
 
@@ -86,10 +86,10 @@ def test_address_and_over_ssh_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert "ssh -N -L 8765:127.0.0.1:8765 pi@10.0.0.2" in said(url, "127.0.0.1")
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.2 2222")
     assert "ssh -p 2222 -N -L 8765:127.0.0.1:8765 pi@10.0.0.2" in said(url, "127.0.0.1")
-    outside = said("http://0.0.0.0:8765/", "0.0.0.0")
-    assert "http://10.0.0.2:8765/" in outside
+    outside = said("http://0.0.0.0:8765/", "0.0.0.0", "a-token")
+    assert "http://10.0.0.2:8765/?token=a-token" in outside
     assert "ssh" not in outside
-    assert "anybody" in outside
+    assert "whoever has this link" in outside
 
 
 def test_browser_opens_only_in_front_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

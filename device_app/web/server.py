@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import json
 import math
 import socket
@@ -17,7 +16,6 @@ import time
 from contextlib import suppress
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,13 +26,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...models.errors import OutputError
 from ..live import LiveView
+from .guard import Guard, refusal
 
 STATIC = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 BODY_MAX = 4096
 WAIT_S = 0.5
 FRESH_S = 1.0
@@ -44,14 +42,6 @@ STALL_S = 10.0
 UNSENT_MAX = 65536
 """Bytes that wait in the system for a slow viewer: what waits there is old when it arrives."""
 TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
-SECURITY = {
-    "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
-}
 
 
 class Server:
@@ -73,13 +63,16 @@ class Server:
             self._thread.join(timeout=2)
 
 
-def start_server(live: LiveView, host: str, port: int, *, stall_s: float = STALL_S) -> Server:
+def start_server(
+    live: LiveView, host: str, port: int, *, token: str | None = None, stall_s: float = STALL_S
+) -> Server:
     """Starts the server.
 
     Args:
         live: Where pictures and figures come from.
         host: Address to listen on.
         port: Port; 0 takes a free one.
+        token: What every request has to bring (``guard.Guard``); None: nothing.
         stall_s: Seconds after which a viewer that takes nothing is let go.
 
     Raises:
@@ -103,7 +96,7 @@ def start_server(live: LiveView, host: str, port: int, *, stall_s: float = STALL
         raise OutputError(message) from error
     real_port = int(listener.getsockname()[1])
     relay = _Relay(live)
-    app = build_app(live, relay, host, real_port, stall_s)
+    app = build_app(live, relay, host, real_port, stall_s, token)
     config = uvicorn.Config(
         app, log_level="critical", access_log=False, lifespan="off", ws="none",
         timeout_graceful_shutdown=1,
@@ -125,7 +118,9 @@ def start_server(live: LiveView, host: str, port: int, *, stall_s: float = STALL
     return Server(server, thread, f"http://{shown}:{real_port}/", relay)
 
 
-def build_app(live: LiveView, relay: _Relay, host: str, port: int, stall_s: float) -> ASGIApp:
+def build_app(
+    live: LiveView, relay: _Relay, host: str, port: int, stall_s: float, token: str | None = None
+) -> ASGIApp:
     """Returns the ASGI application; ``host`` and ``port`` decide which names it answers to."""
     files = resources.files(__package__)
     pages = {path: ((files / name).read_bytes(), kind) for path, (name, kind) in STATIC.items()}
@@ -145,7 +140,7 @@ def build_app(live: LiveView, relay: _Relay, host: str, port: int, stall_s: floa
         finally:
             live.viewer_left()
         if found is None:
-            return _refusal(503, "expected a picture, found none yet; try again in a moment")
+            return refusal(503, "expected a picture, found none yet; try again in a moment")
         name = f"edgesight-{time.strftime('%Y%m%d-%H%M%S')}.jpg"
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return Response(found[0], media_type="image/jpeg", headers=headers)
@@ -154,7 +149,7 @@ def build_app(live: LiveView, relay: _Relay, host: str, port: int, stall_s: floa
         if request.method == "POST":
             problem = await _change(live, request)
             if problem:
-                return _refusal(400, problem)
+                return refusal(400, problem)
         now = live.controls
         return JSONResponse({"boxes": now.boxes, "score_min": now.score_min})
 
@@ -165,7 +160,7 @@ def build_app(live: LiveView, relay: _Relay, host: str, port: int, stall_s: floa
         Route("/snapshot.jpg", snapshot),
         Route("/stream", _Stream(live, relay, stall_s), methods=["GET"]),
     ]
-    return _Guard(Starlette(routes=routes), host, port)
+    return Guard(Starlette(routes=routes), host, port, token)
 
 
 class _Relay:
@@ -323,61 +318,3 @@ async def _change(live: LiveView, request: Request) -> str | None:
     live.controls.score_min = float(score)
     live.controls.boxes = boxes
     return None
-
-
-def _refusal(status: int, message: str) -> Response:
-    return JSONResponse({"error": message}, status)
-
-
-class _Guard:
-    """Adds security headers and refuses strangers' Host and Origin.
-
-    A page that a stranger made must not reach a camera through its viewer's browser: only the
-    machine's own names and addresses are answered (against DNS rebinding, which needs a name of the
-    stranger's), and a change must come from the page itself.
-    """
-
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        self.app = app
-        self.open = host not in LOOPBACK
-        self.hosts = {_authority(n, port) for n in LOOPBACK}
-        own = socket.gethostname().lower()
-        first = own.partition(".")[0]
-        self.names = {*LOOPBACK, host.lower(), own, first, f"{first}.local"}
-
-    def _is_ours(self, host: str) -> bool:
-        """Whether a Host header names this machine; beyond loopback any of its ports may be it."""
-        if not self.open:
-            return host in self.hosts
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        with suppress(ValueError):
-            return bool(ipaddress.ip_address(name))
-        return name in self.names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        host, origin = headers.get("host", "").lower(), headers.get("origin")
-        refused: Response | None = None
-        if not self._is_ours(host):
-            refused = _refusal(403, "expected this machine's own name as host, found another")
-        elif origin is not None and origin.lower() != f"http://{host}":
-            refused = _refusal(403, "expected a request from the live page, found another origin")
-
-        async def secured(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                extra = [(k.encode(), v.encode()) for k, v in SECURITY.items()]
-                message["headers"] = [*message.get("headers", []), *extra]
-            with suppress(OSError):
-                await send(message)
-
-        await (refused or self.app)(scope, receive, secured)
-
-
-def _authority(name: str, port: int) -> str:
-    shown = f"[{name}]" if ":" in name else name
-    return shown if port == 80 else f"{shown}:{port}"
