@@ -9,6 +9,7 @@ import numpy as np
 
 from ..models.draw import FONT
 from ..models.preprocess import Image
+from .health import HealthFigures
 from .live import AccuracyFigures, Figures
 
 LIGHT = (245, 245, 245)
@@ -41,11 +42,33 @@ def hud_lines(figures: Figures) -> list[Line]:
     if parts:
         lines.append(("ms  " + "  ".join(parts), GREY))
     lines.append((f"dropped {figures.get('dropped', 0)}  of {_seen(figures)}", GREY))
+    if board := figures.get("board"):
+        lines += board_lines(board, figures)
     if accuracy := figures.get("accuracy"):
         lines.append((accuracy_line(accuracy), LIGHT))
     state = figures.get("source_state", "running")
     if state != "running":
         lines.append((f"source {state}", WARN))
+    return lines
+
+
+def board_lines(board: HealthFigures, figures: Figures) -> list[Line]:
+    """Returns what the machine has to say: its state in grey, what is wrong in orange."""
+    parts = []
+    if latency := figures.get("latency_ms"):
+        parts.append(f"latency {latency['p50']:.0f} p99 {latency['p99']:.0f} ms")
+    for key, text in (
+        ("cpu_percent", "CPU {:.0f} %"),
+        ("temperature_c", "{:.0f} C"),
+        ("clock_mhz", "{:.0f} MHz"),
+        ("memory_mb", "{:.0f} MB"),
+    ):
+        value = board[key]  # type: ignore[literal-required]
+        if value is not None:
+            parts.append(text.format(value))
+    lines: list[Line] = [("  ".join(parts), GREY)] if parts else []
+    if board["says"]:
+        lines.append((board["says"], WARN))
     return lines
 
 

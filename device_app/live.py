@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TypedDict
 
+from .health import HealthFigures
+
 SCORE_DEFAULT = 0.35
 """Score from which a box counts as a detection: drawn, written, and compared for accuracy."""
 
@@ -64,6 +66,9 @@ class Figures(TypedDict, total=False):
     detections: dict[str, int]
     """Boxes on the newest frame, per class name."""
     elapsed_s: float
+    latency_ms: StageFigures
+    """From capture to the encoded picture, handed to the viewers; only while somebody looks."""
+    board: HealthFigures
 
 
 @dataclass

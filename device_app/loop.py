@@ -31,6 +31,7 @@ from ..models.errors import SourceError
 from ..models.preprocess import Image, Placement
 from .accuracy import Accuracy, NoAccuracy
 from .frame import Frame
+from .health import Health
 from .latest import Latest
 from .live import SCORE_DEFAULT, Figures, LiveView
 from .sinks import Sink
@@ -102,6 +103,7 @@ class Loop:
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._counts: Counter[str] = Counter()
+        self._health = Health()
         self._threads = [
             self._thread("capture", self._capture),
             self._thread("inference", self._infer),
@@ -194,7 +196,8 @@ class Loop:
     def figures(self) -> Figures:
         """Returns everything that a HUD shows, JSON-ready."""
         stats = self.stats
-        return {
+        stages = stats.stages_ms()
+        figures: Figures = {
             "model": self.detector.spec.name or self.detector.path.stem,
             "source": self.source.name,
             "source_state": "ended" if self._done.is_set() else self.source.state,
@@ -203,11 +206,17 @@ class Loop:
             "capture_fps": round(stats.capture.recent(), 1),
             "inference_fps": round(stats.inference.recent(), 1),
             "display_fps": round(stats.display.recent(), 1),
-            "stages_ms": stats.stages_ms(),
+            "stages_ms": stages,
             "accuracy": self.accuracy.figures(),
             "detections": dict(self._counts),
             "elapsed_s": round(stats.elapsed_s(), 2),
+            "board": self._health.figures(
+                stages["inference"]["p50"] if "inference" in stages else None
+            ),
         }
+        if stats.latency.n:
+            figures["latency_ms"] = stats.latency.recent()
+        return figures
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -329,6 +338,7 @@ class Loop:
             self.stats.times["encode"].add(time.perf_counter() - began)
             if ok:
                 self.live.publish(data.tobytes(), frame.sequence)
+                self.stats.latency.add(time.monotonic() - frame.captured_s)
                 self.stats.display.tick()
             now = time.monotonic()
             due_s = max(due_s + interval_s, now)

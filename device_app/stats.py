@@ -143,6 +143,8 @@ class Stats:
         """Starts the clock."""
         self.started_s = time.monotonic()
         self.times = {stage: Times() for stage in STAGES} if times is None else times
+        self.latency = Times()
+        """From capture to the encoded picture, handed to the viewers."""
         self.capture = Rate()
         self.inference = Rate()
         self.display = Rate()

@@ -33,6 +33,8 @@ def summary(loop: Loop, *, threads: int, interrupted: bool) -> dict[str, Any]:
         "elapsed_s": round(stats.elapsed_s(), 2),
         "first_boxes_s": _first_boxes_s(loop),
         "stages": stats.summary_ms(),
+        "latency": stats.latency.summary() if stats.latency.n else None,
+        "board": figures["board"],
         "accuracy": accuracy,
         "interrupted": interrupted,
         "written": [str(path) for path in loop.written],
@@ -58,6 +60,10 @@ def table(found: dict[str, Any]) -> str:
         f"  {name:12}{stage['p50']:9.2f}{stage['p90']:9.2f}{stage['p99']:9.2f}"
         for name, stage in found["stages"].items()
     ]
+    if late := found["latency"]:
+        lines.append(f"  capture to display  {late['p50']:.0f} ms, p99 {late['p99']:.0f} ms")
+    if found["board"]["throttled_before"]:
+        lines.append(f"  board       held back: {', '.join(found['board']['throttled_before'])}")
     lines.append(f"  engine      {found['engine']}, {found['threads']} thread(s)")
     lines.append(f"  accuracy    {found['accuracy']['text']}")
     lines += [f"  written     {path}" for path in found["written"]]

@@ -224,6 +224,25 @@ def test_judged_frames_are_those_of_the_source(detector: Any, tmp_path: Path) ->
     assert figures["precision"] == figures["recall"] == 100
 
 
+def test_latency_is_from_capture_to_the_encoded_picture(detector: Any) -> None:
+    class Old(BaseSource):
+        """Its pictures are a fifth of a second old when they come."""
+
+        def _next(self) -> Picture | None:
+            now = time.monotonic()
+            return Picture(np.zeros((64, 64, 3), np.uint8), captured_s=now - 0.2)
+
+    live = LiveView()
+    live.viewer_came()
+    loop = run(Loop(Old("old", 30, paced=True), detector, live=live, display=True, frames=30))
+    figures = loop.figures()
+    assert 200 <= figures["latency_ms"]["p50"] < 2000
+    assert figures["board"]["memory_mb"]
+    live = LiveView()
+    loop = run(Loop(ListSource(pictures(5)), detector, live=live, display=True, lossless=True))
+    assert "latency_ms" not in loop.figures(), "nobody looked"
+
+
 def test_live_view_hands_over_the_newest_picture_only() -> None:
     live = LiveView()
     assert live.wait_newer(-1, 0.01) is None

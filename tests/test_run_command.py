@@ -354,6 +354,8 @@ def test_table_shows_what_was_written_and_what_went_wrong() -> None:
             "fps": 5.0,
             "display_fps": 6.0,
             "stages": {"inference": {"p50": 1.0, "p90": 2.0, "p99": 3.0}},
+            "latency": {"p50": 41.0, "p99": 77.0},
+            "board": {"throttled_before": ["under-voltage"]},
             "accuracy": {"text": "fine"},
             "written": ["a.jsonl"],
             "warnings": ["camera 0 was lost"],
@@ -362,4 +364,6 @@ def test_table_shows_what_was_written_and_what_went_wrong() -> None:
     assert "written     a.jsonl" in text
     assert "note        camera 0 was lost" in text
     assert "accuracy    fine" in text
+    assert "capture to display  41 ms, p99 77 ms" in text
+    assert "held back: under-voltage" in text
     assert "engine      onnxruntime, 1 thread(s)" in text

@@ -115,6 +115,19 @@ def test_picture_moves_and_figures_are_shown(page: Page, feed: Feed) -> None:
     expect(page.locator("#state")).to_have_text("live")
 
 
+def test_the_board_is_shown_where_it_tells(page: Page, feed: Feed) -> None:
+    until_shade(page, feed, 60)
+    expect(page.locator("#board-card")).to_be_hidden()
+    board = {"cpu_percent": 71.6, "temperature_c": 84.6, "clock_mhz": 1500.0, "memory_mb": 133.0}
+    says = "1.4 times slower, the board throttles: throttled at 85 C"
+    late = {"p50": 41.2, "p90": 60.0, "p99": 77.0}
+    until_shade(page, feed, 120, board={**board, "says": says}, latency_ms=late)
+    expect(page.locator("#board-says")).to_have_text(says)
+    text = page.inner_text("#board")
+    for part in ("72 %", "85 °C", "1500 MHz", "133 MB", "41 · 77 ms"):
+        assert part in text
+
+
 def test_slider_and_switch_reach_the_loop(page: Page, feed: Feed) -> None:
     page.fill("#score", "0.7")
     page.click("label.switch")

@@ -102,6 +102,26 @@ function showAccuracy(a) {
   put("accuracy-text", a.text || "");
 }
 
+function showBoard(board, latency) {
+  const b = board || {};
+  const facts = [
+    ["latency", latency && `${number(latency.p50, 0)} · ${number(latency.p99, 0)} ms`],
+    ["CPU", typeof b.cpu_percent === "number" && `${number(b.cpu_percent, 0)} %`],
+    ["memory", typeof b.memory_mb === "number" && `${number(b.memory_mb, 0)} MB`],
+    ["temperature", typeof b.temperature_c === "number" && `${number(b.temperature_c, 0)} °C`],
+    ["clock", typeof b.clock_mhz === "number" && `${number(b.clock_mhz, 0)} MHz`],
+  ].filter(([, value]) => value);
+  $("board-card").hidden = !facts.length;
+  $("board").replaceChildren(...facts.map(([name, value]) => {
+    const li = document.createElement("li"), b = document.createElement("b");
+    li.textContent = name;
+    b.textContent = value;
+    li.append(b);
+    return li;
+  }));
+  put("board-says", b.says || "");
+}
+
 function showCounts(counts) {
   const items = Object.entries(counts || {}).sort((a, b) => b[1] - a[1] || a[0].localeCompare(b[0]));
   $("counts").replaceChildren(...(items.length ? items : [["nothing above the threshold", 0]]).map(([name, n]) => {
@@ -119,7 +139,7 @@ async function refresh() {
     put("capture-fps", number(f.capture_fps)); put("inference-fps", number(f.inference_fps)); put("display-fps", number(f.display_fps));
     put("frames", String(f.frames ?? 0)); put("dropped", String(f.dropped ?? 0));
     put("elapsed", f.elapsed_s ? Math.round(f.elapsed_s) + " s" : "");
-    showStages(f.stages_ms); showAccuracy(f.accuracy); showCounts(f.detections);
+    showStages(f.stages_ms); showAccuracy(f.accuracy); showCounts(f.detections); showBoard(f.board, f.latency_ms);
     const patience = Math.max(4000, 4000 / (f.inference_fps || 1));
     const s = f.source_state || "running";
     if (s === "ended") state("source ended", "bad");
