@@ -132,6 +132,11 @@ def build_app(
     async def figures(request: Request) -> Response:
         return JSONResponse(_finite({**live.figures(), "viewers": live.viewers}))
 
+    async def metrics(request: Request) -> Response:
+        from .metrics import CONTENT_TYPE, exposition  # only where somebody collects them
+
+        return Response(exposition(live.figures(), live.viewers), media_type=CONTENT_TYPE)
+
     async def snapshot(request: Request) -> Response:
         # Without a viewer nothing is encoded, so the last picture may be from long ago.
         live.viewer_came()
@@ -157,6 +162,7 @@ def build_app(
     routes += [
         Route("/api/figures", figures),
         Route("/api/controls", controls, methods=["GET", "POST"]),
+        Route("/metrics", metrics),
         Route("/snapshot.jpg", snapshot),
         Route("/stream", _Stream(live, relay, stall_s), methods=["GET"]),
     ]
