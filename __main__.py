@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command.
 
     A command's module has ``DESCRIPTION`` and ``EXAMPLE`` texts, ``add_arguments(parser)`` and
-    ``main(args) -> int``.
+    ``main(args) -> int``; with ``prepare(parser, words)`` it may look at its command line first.
 
     Returns:
         The exit code: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .models.errors import EdgeSightError
 
     try:
+        if hasattr(module, "prepare"):
+            module.prepare(parser, args[1:])
         return int(module.main(parser.parse_args(args[1:])))
     except EdgeSightError as error:
         print(f"edgesight: error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -19,6 +19,7 @@ from ..models.arguments import number_type, whole_number
 from ..models.errors import EdgeSightError, OutputError
 from ..models.zoo import MODEL_HELP, model_path
 from .camera_options import add_camera_arguments, camera_options
+from .config import add_config_arguments, as_toml, use_config
 from .door import PORT_DEFAULT, announce, has_desktop, open_server, page_token
 
 if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
@@ -117,6 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
     add("--json", action="store_true", help="end with one JSON object as the last line")
     add_camera_arguments(parser)
+    add_config_arguments(parser)
+
+
+def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Takes the defaults from the file that ``--config`` names."""
+    use_config(parser, words)
+    parser.set_defaults(print_all=lambda args: as_toml(parser, args))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -128,6 +136,9 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         EdgeSightError: Something that the user gave is wrong, or was lost.
     """
+    if args.print_config:
+        print(args.print_all(args))
+        return 0
     out = sys.stderr if args.json else sys.stdout
     with _signals_restored():
         try:
