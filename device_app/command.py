@@ -112,6 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files at recorded speed (drops frames that come too fast, as a camera does) or as "
         "fast as the network can, every frame (default: recorded, with --display none: max)",
     )
+    add(
+        "--no-track",
+        action="store_true",
+        help="do not follow objects from frame to frame (no ids, and counts of each frame alone)",
+    )
     add("--loop", action="store_true", help="start files again at their end")
     add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
     add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
@@ -201,6 +206,7 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             accuracy=accuracy,
             sinks=open_sinks(args, source, detector.spec.classes),
             frames=args.frames,
+            track=not (args.no_track or source.still),
             lossless=max_speed and not source.live,
         )
         from .summary import summary, table

@@ -11,11 +11,11 @@ from ..models.draw import FONT
 from ..models.preprocess import Image
 from .health import HealthFigures
 from .live import AccuracyFigures, Figures
+from .stats import STAGES
 
 LIGHT = (245, 245, 245)
 GREY = (190, 190, 190)
 WARN = (80, 170, 255)
-STAGES = ("capture", "preprocess", "inference", "postprocess", "draw", "encode")
 SHORT = {"preprocess": "pre", "inference": "infer", "postprocess": "post"}
 SCALE_MIN = 0.42
 """Of the font; smaller letters cannot be read."""

@@ -37,6 +37,7 @@ from .live import SCORE_DEFAULT, Figures, LiveView
 from .sinks import Sink
 from .sources import Source
 from .stats import Stats
+from .tracking import Tracker
 
 DISPLAY_FPS_MAX = 20.0
 """More pictures per second than this cost CPU and look no better on a web page."""
@@ -69,6 +70,7 @@ class Loop:
         accuracy: How the run is judged; not at all by default.
         sinks: Files to write; the loop closes them.
         frames: Ends after so many frames; None for no limit.
+        track: Whether objects are followed from frame to frame, so that counts do not flicker.
         lossless: Whether every frame of the source is looked at, whatever time it takes.
         stats: Where times and rates go; new ones by default.
     """
@@ -84,6 +86,7 @@ class Loop:
         accuracy: Accuracy | None = None,
         sinks: Sequence[Sink] = (),
         frames: int | None = None,
+        track: bool = False,
         lossless: bool = False,
         stats: Stats | None = None,
     ) -> None:
@@ -104,6 +107,7 @@ class Loop:
         self._error: BaseException | None = None
         self._counts: Counter[str] = Counter()
         self._health = Health()
+        self._tracker = Tracker(score) if track else None
         self._threads = [
             self._thread("capture", self._capture),
             self._thread("inference", self._infer),
@@ -287,14 +291,17 @@ class Loop:
             floor = min(self._score, self.accuracy.score_floor)
             if viewed:
                 floor = min(floor, controls.score_min)
+            if self._tracker is not None:
+                floor = min(floor, self._tracker.floor)
             began = time.perf_counter()
             found = self.detector.postprocess(
                 work.outputs, work.placement, max(floor, SCORE_MIN_EVAL)
             )
             self.stats.times["postprocess"].add(time.perf_counter() - began)
+            found, counts = self._followed(found, frame)
             counted = found.above(self._score)
             self._counts = Counter(
-                classes[i] if i < len(classes) else str(i) for i in counted.label.tolist()
+                {classes[i] if i < len(classes) else str(i): n for i, n in counts.items()}
             )
             self.accuracy.offer(frame, found)
             if self._sinks:
@@ -313,6 +320,18 @@ class Loop:
         self._shown.close()
         self._done.set()
         self.live.close()
+
+    def _followed(self, found: Detections, frame: Frame) -> tuple[Detections, Counter[int]]:
+        """Returns the boxes, with their tracks if they are followed, and counts of each class."""
+        if self._tracker is None:
+            return found, Counter(found.above(self._score).label.tolist())
+        began = time.perf_counter()
+        source = self.source
+        file = not source.live and source.fps > 0  # whose frames may come faster than recorded
+        time_s = frame.sequence / source.fps if file else frame.captured_s
+        followed = self._tracker.update(found, time_s)
+        self.stats.times["track"].add(time.perf_counter() - began)
+        return followed, self._tracker.counts()
 
     def _drawn(self, image: Image, detections: Detections, boxes: bool = True) -> Image:
         from ..models.draw import draw_detections

@@ -51,6 +51,7 @@ class Source(Protocol):
 
     Attributes:
         name: What people call it; without passwords.
+        still: Whether its pictures have nothing to do with each other, as photos in a folder.
         live: Whether it goes on whether or not anybody reads: a camera or a stream.
         fps: Frames per second that it means to give; 0 if unknown.
         waited_s: Seconds of the latest ``read`` that were only waiting for the next frame's time.
@@ -61,6 +62,7 @@ class Source(Protocol):
 
     name: str
     live: bool
+    still: bool
     fps: float
     waited_s: float
     state: str
@@ -117,6 +119,7 @@ class BaseSource(ABC):
     """
 
     live = False
+    still = False
 
     def __init__(self, name: str, fps: float, *, paced: bool = False, rotate_deg: int = 0) -> None:
         """Starts before the first frame."""
@@ -190,6 +193,7 @@ class ReopeningSource:
     """
 
     live = True
+    still = False
 
     def __init__(
         self,

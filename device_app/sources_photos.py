@@ -98,6 +98,8 @@ class PhotoFolder(BaseSource):
             photos again are no further evidence, and would narrow the interval of the accuracy.
     """
 
+    still = True
+
     def __init__(self, dataset: Dataset, *, paced: bool = True, loop: bool = False) -> None:
         """Starts before the first photo."""
         super().__init__(dataset.name, PHOTOS_PER_SECOND, paced=paced)

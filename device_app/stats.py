@@ -12,7 +12,7 @@ import numpy as np
 
 from .live import StageFigures
 
-STAGES = ("capture", "preprocess", "inference", "postprocess", "draw", "encode")
+STAGES = ("capture", "preprocess", "inference", "postprocess", "track", "draw", "encode")
 RECENT = 500
 """Samples per stage behind the percentiles on the screen."""
 RATE_WINDOW_S = 3.0

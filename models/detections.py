@@ -22,6 +22,8 @@ class Detections:
         xyxy: float32 ``(n, 4)``; left, top, right, bottom in pixels of the source picture.
         score: float32 ``(n,)`` in 0..1.
         label: int64 ``(n,)``; index into ``ModelSpec.classes``.
+        track: int64 ``(n,)``; which object of a stream it is, from 1; 0: not followed (yet). None
+            where nobody follows.
 
     Raises:
         ValueError: A column has another shape, a number is not finite, or a label is negative.
@@ -30,6 +32,7 @@ class Detections:
     xyxy: FloatArray
     score: FloatArray
     label: IntArray
+    track: IntArray | None = None
 
     def __post_init__(self) -> None:
         """Converts the columns to their types, checks them and makes them read-only."""
@@ -51,7 +54,13 @@ class Detections:
         if n and label.min() < 0:
             message = f"expected labels >= 0, got {label.min()}"
             raise ValueError(message)
-        for name, column in (("xyxy", xyxy), ("score", score), ("label", label)):
+        columns: dict[str, npt.NDArray[Any]] = {"xyxy": xyxy, "score": score, "label": label}
+        if self.track is not None:
+            track = columns["track"] = np.array(self.track, dtype=np.int64)
+            if track.shape != (n,):
+                message = f"expected track (n,), got {track.shape} for {n} boxes"
+                raise ValueError(message)
+        for name, column in columns.items():
             column.setflags(write=False)
             object.__setattr__(self, name, column)
 
@@ -71,15 +80,23 @@ class Detections:
 
     def __getitem__(self, index: BoolArray | IntArray | slice) -> Detections:
         """Returns the chosen boxes: a mask, an index array or a slice."""
-        return Detections(self.xyxy[index], self.score[index], self.label[index])
+        track = None if self.track is None else self.track[index]
+        return Detections(self.xyxy[index], self.score[index], self.label[index], track)
+
+    def with_tracks(self, track: IntArray) -> Detections:
+        """Returns the same boxes, and which object each is."""
+        return Detections(self.xyxy, self.score, self.label, track)
 
     def above(self, score_min: float) -> Detections:
         """Returns the boxes with a score of at least ``score_min``."""
         return self[self.score >= score_min]
 
     def to_dicts(self, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Returns one JSON-ready dict per box: ``label``, ``score``, ``xyxy`` in pixels."""
-        return [
+        """Returns one JSON-ready dict per box: ``label``, ``score``, ``xyxy`` in pixels.
+
+        ``track`` is its object's number, where it is followed.
+        """
+        found: list[dict[str, Any]] = [
             {
                 "label": classes[label] if label < len(classes) else str(label),
                 "score": round(score, 4),
@@ -87,3 +104,7 @@ class Detections:
             }
             for box, score, label in self
         ]
+        for row, track in zip(found, [] if self.track is None else self.track, strict=False):
+            if track:
+                row["track"] = int(track)
+        return found

@@ -47,7 +47,8 @@ def draw_detections(image: Image, detections: Detections, classes: tuple[str, ..
         color = class_color(label)
         cv2.rectangle(image, (left, top), (right, bottom), color, thick)
         name = classes[label] if label < len(classes) else str(label)
-        text = f"{name} {detections.score[i]:.2f}"
+        track = 0 if detections.track is None else int(detections.track[i])
+        text = f"{name} {f'#{track} ' if track else ''}{detections.score[i]:.2f}"
         (text_w, text_h), base = cv2.getTextSize(text, FONT, scale, 1)
         box_h = text_h + base + 2
         y = top - box_h if top >= box_h else min(max(top, 0), max(0, height - box_h))

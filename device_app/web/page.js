@@ -2,7 +2,7 @@
 const $ = (id) => document.getElementById(id);
 const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
 const number = (v, digits = 1) => (typeof v === "number" && isFinite(v) ? v.toFixed(digits) : "–");
-const STAGES = ["capture", "preprocess", "inference", "postprocess", "draw", "encode"];
+const STAGES = ["capture", "preprocess", "inference", "postprocess", "track", "draw", "encode"];
 
 // The picture: one endless MJPEG answer, taken apart here, so that the page knows when a picture
 // came, shows only the newest, and asks again when they stop.
