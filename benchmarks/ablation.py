@@ -32,7 +32,7 @@ from edgesight.models.files import sha256, write_json
 from edgesight.models.graph import load_model, node_macs
 from edgesight.models.machine import machine
 
-PRUNE: dict[str, Any] = {"kind": "prune", "macs_ratio": 0.8}
+PRUNE: dict[str, Any] = {"kind": "prune", "macs_ratio": 0.8, "iterations": 1}
 SPARSIFY: dict[str, Any] = {"kind": "sparsify", "sparsity": 0.5}
 FACTORISE: dict[str, Any] = {"kind": "factorise", "macs_ratio": 0.9}
 DISTILL: dict[str, Any] = {"kind": "distill", "photos": 2000}
@@ -54,7 +54,9 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "prune 80 %, uniform": [PRUNE | {"allocation": "uniform"}],
     "prune 80 %, global": [PRUNE | {"allocation": "global"}],
     "prune 80 %, in 3 parts": [PRUNE | {"iterations": 3}],
-    "prune 80 % on cortex-a76": [{"kind": "prune", "cost": "cortex-a76", "cost_ratio": 0.8}],
+    "prune 80 % on cortex-a76": [
+        {"kind": "prune", "cost": "cortex-a76", "cost_ratio": 0.8, "iterations": 1}
+    ],
     "factorise 90 %": [FACTORISE],
     "factorise 90 % by SVD": [FACTORISE | {"methods": ["svd"]}],
     "factorise 90 % on the weights alone": [FACTORISE | {"data_aware": False}],

@@ -33,7 +33,7 @@ DEMO_OUT = Path("runs/demo")
 NO_PLACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NEEDED = ("torch", "onnx", "pydantic", "safetensors", "jinja2", "matplotlib")
 DEMO_STEPS: list[dict[str, Any]] = [
-    {"kind": "prune", "macs_ratio": 0.85, "photos": 5},
+    {"kind": "prune", "macs_ratio": 0.85, "photos": 5, "iterations": 1},
     {"kind": "distill", "photos": 80, "batch": 4, "labels": "none"},
     {"kind": "quantize", "photos": 5, "refine": 40},
     {"kind": "verify", "resamples": 200, "latency_rounds": 30},

@@ -30,7 +30,8 @@ class PruneStep(Strict):
         criterion: Which channels of a layer go first (``criteria.CRITERIA``).
         allocation: How much of each layer goes: ``cost``: least harm per cost saved; ``global``:
             least harm per channel; ``uniform``: the same part of every layer.
-        iterations: Parts in which it is done; what matters is measured anew before each.
+        iterations: Parts in which it is done; what matters is measured anew before each. More
+            than one costs time, and keeps more (docs/numbers.md).
         align: Channels per layer are a multiple of this.
         photos: Photos that tell which channels matter, and that what is left is refitted on.
         keep_min: Each layer keeps at least this part of its channels.
@@ -44,7 +45,7 @@ class PruneStep(Strict):
     cost: Literal["macs", "cortex-a76", "cortex-a72"] = "macs"
     criterion: Literal["obs", "l1", "l2", "bn", "taylor", "lamp", "fpgm"] = "obs"
     allocation: Literal["cost", "global", "uniform"] = "cost"
-    iterations: int = Field(1, ge=1, le=20)
+    iterations: int = Field(4, ge=1, le=20)
     align: int = Field(8, ge=1, le=128)
     photos: int = Field(96, ge=1)
     keep_min: float = Field(0.25, gt=0, le=1)

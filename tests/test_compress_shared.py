@@ -27,7 +27,7 @@ def test_nanodet_plus_from_weights_to_int8(shared: Path, tmp_path: Path) -> None
         },
         "data": {"photos": "photos", "input_hw": [320, 320]},
         "steps": [
-            {"kind": "prune", "macs_ratio": 0.55, "photos": 8},
+            {"kind": "prune", "macs_ratio": 0.55, "photos": 8, "iterations": 1},
             {"kind": "distill", "photos": 16, "batch": 4, "labels": "none"},
             {"kind": "quantize", "photos": 8, "refine": 8},
             {"kind": "verify", "resamples": 30, "latency_rounds": 4},

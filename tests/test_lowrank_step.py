@@ -40,7 +40,7 @@ fat_kit: Any = SimpleNamespace(**runpy.run_path(str(HERE / "fat_net.py")))
 fat, photo = fat_kit.fat, fat_kit.photo
 pytestmark = pytest.mark.usefixtures("one_thread")
 FACTORISE = {"kind": "factorise", "photos": 6, "cost": "macs"}
-PRUNE = {"kind": "prune", "macs_ratio": 0.3, "photos": 6, "align": 8}
+PRUNE = {"kind": "prune", "macs_ratio": 0.3, "photos": 6, "align": 8, "iterations": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from edgesight.models.errors import RecipeError
 
 HERE = Path(__file__).parent
 tools: Any = runpy.run_path(str(HERE / "tiny_recipe.py"))
-PRUNE: dict[str, Any] = {"kind": "prune", "photos": 6, "align": 4}
+PRUNE: dict[str, Any] = {"kind": "prune", "photos": 6, "align": 4, "iterations": 1}
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 CLASSES = ["a", "b", "c"]
-PRUNE = {"kind": "prune", "macs_ratio": 0.6, "photos": 6, "align": 4}
+PRUNE = {"kind": "prune", "macs_ratio": 0.6, "photos": 6, "align": 4, "iterations": 1}
 DISTILL = {"kind": "distill", "photos": 24, "batch": 4}
 QUANTIZE = {"kind": "quantize", "photos": 6, "refine": 24}
 VERIFY = {"kind": "verify", "resamples": 40, "latency_rounds": 4}
