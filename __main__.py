@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=module.DESCRIPTION,
         epilog=f"example: {module.EXAMPLE}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a file's options are looked for by their whole names
     )
     module.add_arguments(parser)
     from .models.errors import EdgeSightError

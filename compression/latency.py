@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..models.dataset import Dataset
 from ..models.detector import OnnxDetector
 from ..models.engines import Net
-from ..models.errors import ModelFileError
+from ..models.errors import EdgeSightError
 from ..models.openvino_net import OpenVinoNet, has_openvino
 from ..models.preprocess import prepare
 
@@ -45,7 +45,7 @@ def openvino_latency(
     try:
         nets = OpenVinoNet(a.path), OpenVinoNet(b.path)
         return {**_in_turn(nets, _inputs(a, b, data), rounds), "failed": None}
-    except ModelFileError as error:  # an engine that cannot run a file is no reason to stop
+    except EdgeSightError as error:  # an engine that cannot run a file is no reason to stop
         return {"failed": str(error)}
 
 

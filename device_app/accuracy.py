@@ -258,7 +258,7 @@ class ReferenceAccuracy:
             self._wanting = False
             began = time.thread_time()
             frame, detections = item
-            theirs = shared.reference(detector(frame.image, self._score))
+            theirs = shared.reference(_seen(detector, frame, self._score))
             ours = shared.detections(detections.above(self._score))
             with self._lock:
                 self._running.add(ours, theirs)
@@ -268,6 +268,13 @@ class ReferenceAccuracy:
             if self._closing.wait(work_s * self._pause_per_work):
                 return
             self._wanting = True
+
+
+def _seen(detector: OnnxDetector, frame: Frame, score: float) -> Detections:
+    """Returns what a detector sees in a frame: of the same picture as the model that is judged."""
+    tensor, placement = detector.preprocess(frame.for_network(detector.spec.input_hw))
+    whole = placement.seen_from((frame.image.shape[1], frame.image.shape[0]))
+    return detector.postprocess(detector.infer(tensor), whole, score)
 
 
 def open_accuracy(

@@ -185,7 +185,8 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         if args.display == "web":
             server = open_server(live, args.host, args.port, token)
             stack.callback(server.stop)
-            here = announce(server.url, args.host, token, say)
+            out = sys.stderr if args.json else sys.stdout
+            here = announce(server.url, args.host, token, say, out)
             if not args.no_browser and has_desktop():
                 threading.Thread(target=webbrowser.open, args=(here,), daemon=True).start()
         accuracy = open_accuracy(
@@ -260,8 +261,10 @@ def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bo
         for number in _ending_signals():
             _on_signal(number, signal.SIG_IGN)
         loop.stop_unless_done()
-        source.close()
-        loop.finish()
+        try:
+            source.close()
+        finally:
+            loop.finish()
     return interrupted
 
 

@@ -15,11 +15,6 @@ from typing import Any
 
 from ..models.errors import InputError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 BYTES_MAX = 1 << 20
 NOT_IN_FILES = ("help", "config", "print_config")
 
@@ -84,6 +79,11 @@ def as_toml(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         with path.open("rb") as file:
             data = file.read(BYTES_MAX + 1)

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..models.errors import InputError, OutputError
 
@@ -43,7 +43,7 @@ def page_token(host: str, file: Path | None) -> str | None:
         what = str(file)
         try:
             own = file.read_text(encoding="utf-8")[: TOKEN_MAX + 2]
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             message = f"{file}: expected a file that holds a token, found none ({error})"
             raise InputError(message) from error
     if own is not None:
@@ -77,7 +77,9 @@ def open_server(live: Any, host: str, port: int | None, token: str | None = None
     return start_server(live, host, 0, token=token)
 
 
-def announce(url: str, host: str, token: str | None, say: Callable[[str], None]) -> str:
+def announce(
+    url: str, host: str, token: str | None, say: Callable[[str], None], out: TextIO | None = None
+) -> str:
     """Prints where the page is, and how to reach it from elsewhere.
 
     Args:
@@ -85,6 +87,7 @@ def announce(url: str, host: str, token: str | None, say: Callable[[str], None])
         host: Address that it listens on.
         token: What it asks for.
         say: Prints.
+        out: Where that goes; standard output by default.
 
     Returns:
         The address to open here.
@@ -112,8 +115,8 @@ def announce(url: str, host: str, token: str | None, say: Callable[[str], None])
     say(f"live page: {link}   (Ctrl-C ends)")
     if token:
         say("  whoever has this link can look and change settings; it is not encrypted on its way")
-    if sys.stdout.isatty():
-        say(qr_code(link))
+    if code := qr_code(link, out or sys.stdout):
+        say(code)
     return f"http://127.0.0.1:{port}/{tail}" if everywhere else link
 
 
@@ -127,13 +130,20 @@ def own_address() -> str:
         return socket.gethostname()
 
 
-def qr_code(text: str) -> str:
-    """Returns a QR code to print in a terminal."""
+def qr_code(text: str, out: TextIO) -> str | None:
+    """Returns a QR code to print in a terminal; None where it could not be seen there."""
     import segno
 
-    out = io.StringIO()
-    segno.make(text, error="l", micro=False).terminal(out, compact=True, border=2)
-    return out.getvalue().rstrip("\n")
+    if not out.isatty():
+        return None
+    drawn = io.StringIO()
+    segno.make(text, error="l", micro=False).terminal(drawn, compact=True, border=2)
+    code = drawn.getvalue().rstrip("\n")
+    try:
+        code.encode(out.encoding or "ascii")
+    except UnicodeEncodeError:
+        return None
+    return code
 
 
 def has_desktop() -> bool:

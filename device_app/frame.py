@@ -25,3 +25,13 @@ class Frame:
     captured_s: float
     truth: GroundTruth | None = None
     small: Image | None = None
+
+    def for_network(self, input_hw: tuple[int, int]) -> Image:
+        """Returns the picture that a network of an input size should look at.
+
+        That is the small one where it has the pixels that the network wants.
+        """
+        small = self.small
+        if small is None or small.shape[0] < input_hw[0] or small.shape[1] < input_hw[1]:
+            return self.image
+        return small

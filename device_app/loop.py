@@ -260,10 +260,11 @@ class Loop:
 
     def _prepared(self, work: Work) -> Work:
         began = time.perf_counter()
-        image, small = work.frame.image, work.frame.small
-        tensor, placement = self.detector.preprocess(image if small is None else small)
-        if small is not None:
-            placement = placement.seen_from((image.shape[1], image.shape[0]))
+        image = work.frame.image
+        tensor, placement = self.detector.preprocess(
+            work.frame.for_network(self.detector.spec.input_hw)
+        )
+        placement = placement.seen_from((image.shape[1], image.shape[0]))
         self.stats.times["preprocess"].add(time.perf_counter() - began)
         return Work(work.frame, tensor, placement)
 

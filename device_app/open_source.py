@@ -91,6 +91,9 @@ def _open_camera(text: str, options: CameraOptions) -> Source | None:
     if match := re.fullmatch(r"jetson(?::(\d{1,2}))?", text):
         from .sources_gstreamer import GStreamer, jetson_pipeline
 
+        if options.focus is not None:
+            message = f"{text}: expected a camera with --focus, found one without; leave it out"
+            raise SourceError(message)
         pipeline = jetson_pipeline(int(match[1] or 0), options)
         turned = CameraOptions(rotate_deg=options.rotate_deg)
         return ReopeningSource(lambda: GStreamer(pipeline, turned, name=text))

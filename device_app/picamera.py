@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -25,7 +26,7 @@ class PiCamera(BaseSource):
     """A camera of libcamera, opened by picamera2.
 
     Frames are borrowed: each is copied out and given back at once, so the camera never waits for
-    the network. ``queue`` is off: a frame that is asked for has begun after that.
+    the network. ``queue`` is off: a frame that is asked for has ended after that.
 
     Args:
         number: Of the camera, as ``rpicam-hello --list-cameras`` counts them.
@@ -83,6 +84,9 @@ class PiCamera(BaseSource):
             image = self._picture(request, "main")
             small = self._picture(request, "lores") if "lores" in self._streams else None
             stamp_ns = request.get_metadata().get("SensorTimestamp")
+        except (RuntimeError, ValueError) as error:
+            message = f"{self.name}: expected a whole frame, found: {_line(error)}; check the cable"
+            raise SourceError(message) from error
         finally:
             request.release()
         return Picture(image, small=small, captured_s=_monotonic_s(stamp_ns))
@@ -95,8 +99,14 @@ class PiCamera(BaseSource):
             return to_bgr(mapped.array, told["format"], tuple(told["size"]), told["stride"])
 
     def _release(self) -> None:
-        self._camera.stop()
-        self._camera.close()
+        # A capture that never came would keep the camera's own queue, and with it "stop", waiting.
+        with contextlib.suppress(Exception):
+            self._camera.cancel_all_and_flush()
+        for give_back in (self._camera.stop, self._camera.close):
+            try:
+                give_back()
+            except Exception as error:  # a camera that is lost; the next may be all right
+                self.warnings.append(f"{self.name}: closing it failed: {_line(error)}")
 
 
 def small_wh(size_wh: tuple[int, int]) -> tuple[int, int] | None:
@@ -114,6 +124,12 @@ def _opened(number: int, name: str) -> Any:
         message = (
             f"{name}: expected picamera2, found none ({_line(error)}); sudo apt install "
             "python3-picamera2, and make the venv with --system-site-packages"
+        )
+        raise SourceError(message) from error
+    except Exception as error:  # ValueError "numpy.dtype size changed": apt's parts beside pip's
+        message = (
+            f"{name}: expected picamera2 to load, found: {_line(error)}; if it names numpy, take "
+            "pip's numpy out of the venv (pip uninstall numpy opencv-python-headless)"
         )
         raise SourceError(message) from error
     known = Picamera2.global_camera_info()
@@ -136,6 +152,8 @@ def _opened(number: int, name: str) -> Any:
 
 def _configured(camera: Any, options: CameraOptions) -> dict[str, Any]:
     """Configures the camera and returns what it really gives, by stream: format, size, stride."""
+    import libcamera
+
     size = options.size_wh or SIZE_WH
     small = small_wh(size)
     controls: dict[str, Any] = {}
@@ -156,6 +174,7 @@ def _configured(camera: Any, options: CameraOptions) -> dict[str, Any]:
     config = camera.create_video_configuration(
         main={"size": size, "format": "RGB888"},  # B, G, R in memory
         lores=None if small is None else {"size": small, "format": "YUV420"},
+        colour_space=libcamera.ColorSpace.Smpte170m(),  # as ``pixels`` takes it, at every size
         controls=controls,
         buffer_count=BUFFERS,
         queue=False,

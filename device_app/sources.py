@@ -26,6 +26,7 @@ TURNS: dict[int, int | None] = {
     180: cv2.ROTATE_180,
     270: cv2.ROTATE_90_COUNTERCLOCKWISE,
 }
+WARNINGS_MAX = 20
 CLOSE_WAIT_S = 0.2
 """So long ``close`` waits for a read that is under way; then it leaves the device to its thread."""
 
@@ -142,9 +143,11 @@ class BaseSource(ABC):
         waited = self._pacer.wait(self._closing)
         with self._lock:
             self.waited_s = waited
-            picture = None if self._closing.is_set() else self._next()
-            if self._closing.is_set():
-                self._release_once()
+            try:
+                picture = None if self._closing.is_set() else self._next()
+            finally:
+                if self._closing.is_set():
+                    self._release_once()
         if picture is None:
             self.state = "ended"
             return None
@@ -213,7 +216,7 @@ class ReopeningSource:
         self.waited_s = 0.0
         self.state = "running"
         self.classes: tuple[str, ...] | None = None
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(self._inner.warnings)
 
     def read(self) -> Frame | None:
         """Returns the next frame, however long the source is away; None only after ``close``."""
@@ -237,12 +240,12 @@ class ReopeningSource:
                 self.state = "running"
                 self._sequence += 1
                 return replace(frame, sequence=self._sequence - 1)
-            inner.close()
-            self._inner = None
             if not self._closing.is_set():
                 self.state = f"retrying: {why}"
                 self.warnings.append(f"{self.name} was lost after {self._sequence} frames: {why}")
-                del self.warnings[:-20]
+                del self.warnings[:-WARNINGS_MAX]
+            self._inner = None
+            inner.close()
         self.state = "ended"
         return None
 
@@ -262,6 +265,8 @@ class ReopeningSource:
             self.state = f"retrying: {self._reason(error)}"
             return
         self._inner = inner
+        self.warnings += [line for line in inner.warnings if line not in self.warnings]
+        del self.warnings[:-WARNINGS_MAX]
         if self._closing.is_set():  # closed while it was being opened
             inner.close()
 

@@ -70,7 +70,7 @@ class VideoFile(BaseSource):
         self._capture.release()
 
 
-class LivePipe(BaseSource):
+class _Live(BaseSource):
     """A camera or a stream that OpenCV has open; losing it is an error, not an end."""
 
     live = True
@@ -89,13 +89,13 @@ class LivePipe(BaseSource):
             waited = f" for {self.waited_s:.0f} s" if self.waited_s >= 1 else ""
             message = f"{self.name}: expected a frame, found none{waited}; check cable and power"
             raise SourceError(message)
-        return Picture(_three_channels(image))
+        return Picture(three_channels(image))
 
     def _release(self) -> None:
         self._capture.release()
 
 
-class Webcam(LivePipe):
+class Webcam(_Live):
     """A camera of this machine.
 
     Args:
@@ -109,6 +109,12 @@ class Webcam(LivePipe):
     def __init__(self, index: int, options: CameraOptions | None = None) -> None:
         """Opens the camera."""
         options = options or CameraOptions()
+        if options.focus_dioptres is not None:
+            message = (
+                f"camera {index}: expected --focus auto, found dioptres, which USB cameras do not "
+                "count in; set it with v4l2-ctl -c focus_absolute=N"
+            )
+            raise SourceError(message)
         linux = sys.platform.startswith("linux")
         quiet_opencv()
         device = Path(f"/dev/video{index}")
@@ -137,8 +143,6 @@ def _set(capture: Any, options: CameraOptions) -> list[str]:
         wanted[f"{options.fps:g} frames/s"] = [(cv2.CAP_PROP_FPS, options.fps)]
     if options.focus is not None:
         wanted["focus"] = [(cv2.CAP_PROP_AUTOFOCUS, float(options.focus == "auto"))]
-    if options.focus_dioptres is not None:
-        wanted["focus"].append((cv2.CAP_PROP_FOCUS, options.focus_dioptres))
     if options.exposure_us is not None:  # V4L2: 1 is manual, and it counts in 100 us
         exposure = (cv2.CAP_PROP_EXPOSURE, max(1.0, options.exposure_us / 100))
         wanted["exposure"] = [(cv2.CAP_PROP_AUTO_EXPOSURE, 1.0), exposure]
@@ -149,11 +153,13 @@ def _set(capture: Any, options: CameraOptions) -> list[str]:
         same = all(abs(g - v) < 0.5 for g, (_, v) in zip(got, settings, strict=True))
         if not (all(done) and same):
             given = "x".join(f"{value:g}" for value in got)
-            refused.append(f"asked for {what}, gives {given}")
+            size = settings[0][0] == cv2.CAP_PROP_FRAME_WIDTH
+            told = f"gives {given}" if size or what.endswith("/s") else "does not do it"
+            refused.append(f"asked for {what}, {told}")
     return refused
 
 
-class Stream(LivePipe):
+class Stream(_Live):
     """A stream behind an address; RTSP with as little delay as FFMPEG allows.
 
     Args:
@@ -237,10 +243,11 @@ def _with_options(target: str, parameters: list[int], options: str | None) -> An
 
 def _decoded(capture: Any) -> Any:
     ok, image = capture.read()
-    return _three_channels(image) if ok and image is not None and image.size else None
+    return three_channels(image) if ok and image is not None and image.size else None
 
 
-def _three_channels(image: Any) -> Any:
+def three_channels(image: Any) -> Any:
+    """Returns a picture that OpenCV has read as BGR."""
     if image.ndim == 2 or image.shape[2] == 1:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     return np.ascontiguousarray(image[:, :, :3])

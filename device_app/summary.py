@@ -62,8 +62,8 @@ def table(found: dict[str, Any]) -> str:
     ]
     if late := found["latency"]:
         lines.append(f"  capture to display  {late['p50']:.0f} ms, p99 {late['p99']:.0f} ms")
-    if found["board"]["throttled_before"]:
-        lines.append(f"  board       held back: {', '.join(found['board']['throttled_before'])}")
+    if held := found["board"]["throttled_before"]:
+        lines.append(f"  board       held back since it was switched on: {', '.join(held)}")
     lines.append(f"  engine      {found['engine']}, {found['threads']} thread(s)")
     lines.append(f"  accuracy    {found['accuracy']['text']}")
     lines += [f"  written     {path}" for path in found["written"]]

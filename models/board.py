@@ -143,8 +143,8 @@ class Board:
     def _memory_free_mb(self) -> float | None:
         for line in (self._text("proc/meminfo") or "").splitlines():
             name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return round(int(value.split()[0]) * 1024 / 1e6)
+            if name == "MemAvailable" and (words := value.split()) and words[0].isdecimal():
+                return round(int(words[0]) * 1024 / 1e6)
         return None
 
     def _temperature_c(self) -> float | None:

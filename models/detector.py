@@ -78,6 +78,8 @@ class OnnxDetector:
             tensor, placement = self.preprocess(np.zeros((*self.spec.input_hw, 3), np.uint8))
             raw = self.infer(tensor)
             self.postprocess(raw, placement)
+        except ModelFileError:
+            raise
         except Exception as error:
             message = f"{self.path}: expected a model that runs, found: {one_line(error)}"
             raise ModelFileError(message) from error

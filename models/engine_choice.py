@@ -19,13 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from .agreement import RunningAgreement
 from .detections import Detections
 from .detector import OnnxDetector
 from .emulator import cache_folder
-from .engines import CPU, offered
-from .errors import EdgeSightError
-from .files import sha256, write_json
+from .engines import CPU, PROVIDERS, offered
+from .errors import EdgeSightError, ModelFileError
+from .files import is_file, sha256, write_json
 from .machine import machine
 from .preprocess import Image
 
@@ -104,7 +106,7 @@ def measure(
     tensor, _ = plain.preprocess(images[0])
     failed, running = list[Candidate](), list[tuple[OnnxDetector, int, float | None]]()
     for name in engines or offered():
-        for count in threads:
+        for count in threads[:1] if name in PROVIDERS else threads:  # a GPU has its own
             one = OnnxDetector(path, head=head, threads=count, engine=name)
             if one.engine != name:
                 failed.append(Candidate(name, count, math.nan, math.nan, None, one.engine_note))
@@ -116,16 +118,24 @@ def measure(
                 continue
             running.append((one, count, same))
     times: list[list[float]] = [[] for _ in running]
+    broken: dict[int, str] = {}
     for turn in progress(range(rounds + WARM_UP)):
-        for (one, _, _), own in zip(running, times, strict=True):
+        for place, ((one, _, _), own) in enumerate(zip(running, times, strict=True)):
+            if place in broken:
+                continue
             began = time.perf_counter()
-            one.infer(tensor)
+            try:
+                one.infer(tensor)
+            except EdgeSightError as error:
+                broken[place] = str(error)
             if turn >= WARM_UP:
                 own.append(1000 * (time.perf_counter() - began))
-    done = [
-        Candidate(one.engine, count, statistics.median(own), _p90(own), same)
-        for (one, count, same), own in zip(running, times, strict=True)
-    ]
+    done = []
+    for place, ((one, count, same), own) in enumerate(zip(running, times, strict=True)):
+        if place in broken:
+            failed.append(Candidate(one.engine, count, math.nan, math.nan, None, broken[place]))
+        else:
+            done.append(Candidate(one.engine, count, statistics.median(own), _p90(own), same))
     return [*sorted(done, key=lambda one: one.p50_ms), *failed]
 
 
@@ -159,6 +169,9 @@ def choose(
     Raises:
         ModelFileError: The file cannot be used.
     """
+    if not is_file(path):
+        message = f"{path}: expected an ONNX model, found no such file; check the path"
+        raise ModelFileError(message)
     counts = [threads_max] if exactly else thread_counts(threads_max)
     store = _store(path, counts)
     known = _read(store)
@@ -183,12 +196,11 @@ def _store(path: Path, threads: Sequence[int]) -> Path:
 
 
 def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    if name != "openvino":
+        return str(onnxruntime.__version__)
+    from importlib.metadata import version
 
-    try:
-        return version("openvino" if name == "openvino" else "onnxruntime")
-    except PackageNotFoundError:  # NVIDIA's build has another name
-        return ""
+    return version(name)
 
 
 def _read(store: Path) -> Candidate | None:

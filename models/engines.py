@@ -64,6 +64,7 @@ class OrtNet:
         optimized_path: Path | None = None,
     ) -> None:
         """Loads the model."""
+        self.path = path
         options = ort.SessionOptions()
         options.intra_op_num_threads = max(1, threads)
         options.inter_op_num_threads = 1
@@ -71,10 +72,10 @@ class OrtNet:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if optimized_path is not None:
             options.optimized_model_filepath = os.fspath(optimized_path)
-        wanted = (
-            ["CPUExecutionProvider"] if provider is None else [provider, "CPUExecutionProvider"]
-        )
-        self.session = _open_session(path, options, wanted)
+        wanted = [provider] if provider else []
+        if provider == PROVIDERS["tensorrt"]:
+            wanted.append(PROVIDERS["cuda"])  # runs what TensorRT has no operator for
+        self.session = _open_session(path, options, [*wanted, "CPUExecutionProvider"])
         self._input = self.session.get_inputs()[0].name
         if provider is not None and self.session.get_providers()[0] != provider:
             message = f"expected {provider}, found that it does not start on this machine"
@@ -82,7 +83,11 @@ class OrtNet:
 
     def infer(self, tensor: npt.NDArray[Any]) -> list[FloatArray]:
         """Runs the network on one prepared picture."""
-        outputs: list[FloatArray] = self.session.run(None, {self._input: tensor})
+        try:
+            outputs: list[FloatArray] = self.session.run(None, {self._input: tensor})
+        except Exception as error:  # a provider may be there, and have no kernels for this GPU
+            message = f"{self.path}: expected a model that runs, found: {one_line(error)}"
+            raise ModelFileError(message) from error
         return outputs
 
 
@@ -151,7 +156,11 @@ def _open_session(
         raise ModelFileError(message)
     try:
         return ort.InferenceSession(
-            os.fspath(path), options, providers=providers, disabled_optimizers=[WEIGHT_ROUNDING]
+            os.fspath(path),
+            options,
+            providers=providers,
+            disabled_optimizers=[WEIGHT_ROUNDING],
+            enable_fallback=0,  # or it would go on with the CPU, and say so on standard output
         )
     except Exception as error:  # ONNX Runtime raises many kinds; each means the file is unusable
         size = path.stat().st_size

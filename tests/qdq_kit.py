@@ -11,11 +11,10 @@ from typing import Any
 import cv2
 import numpy as np
 import onnx
-import onnxruntime as ort
 from edgesight.compression.calibrate import Grid
 from edgesight.compression.onnx_io import tidy
 from edgesight.compression.qdq import insert, plan_layout
-from edgesight.models.detector import open_session
+from edgesight.models.engines import OrtNet
 from onnx import TensorProto, helper
 
 graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
@@ -48,9 +47,7 @@ def opened(model: Any, folder: Path) -> tuple[Any, list[str]]:
     """Opens a model as a detector's is opened; returns the operators that run, too."""
     path = folder / "model.onnx"
     onnx.save(model, path)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    runner = open_session(path, options)
+    runner = OrtNet(path, optimized_path=folder / "optimised.onnx").session
     return runner, [n.op_type for n in onnx.load(folder / "optimised.onnx").graph.node]
 
 

@@ -33,8 +33,8 @@ def frames_are_bgr_numbered_and_stamped(open_it: Open) -> None:
     assert stamps == sorted(stamps)
     assert stamps[-1] <= time.monotonic()
     assert abs(stamps[-1] - time.monotonic()) < GUARD_S
-    first, last = frames[0], frames[-1]
-    assert not np.array_equal(first.image, last.image), "a later read must not overwrite a frame"
+    different = [not np.array_equal(frames[0].image, frame.image) for frame in frames[1:]]
+    assert any(different), "a later read must not overwrite a frame"
 
 
 def close_is_idempotent_and_reopening_works(open_it: Open) -> None:

@@ -16,7 +16,7 @@ from edgesight.device_app.camera_options import (
     camera_options,
 )
 from edgesight.device_app.open_source import open_source
-from edgesight.device_app.sources import BaseSource, Picture
+from edgesight.device_app.sources import BaseSource, Picture, ReopeningSource
 from edgesight.models.errors import SourceError
 from edgesight.models.preprocess import Placement
 
@@ -102,10 +102,42 @@ def test_what_a_webcam_does_not_do_is_told() -> None:
     asked = CameraOptions(size_wh=(1920, 1080), fps=15, focus="auto", exposure_us=5000)
     assert sources_opencv._set(camera, asked) == [
         "asked for 1920x1080 px, gives 640x480",
-        "asked for focus, gives 0",
+        "asked for focus, does not do it",
     ]
     assert camera.get(cv2.CAP_PROP_EXPOSURE) == 50, "V4L2 counts in 100 microseconds"
     assert sources_opencv._set(camera, CameraOptions(size_wh=(640, 480))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("0", CameraOptions(focus="fixed", focus_dioptres=2)),
+        ("jetson", CameraOptions(focus="auto")),
+    ],
+)
+def test_a_focus_that_a_camera_does_not_have_is_refused(text: str, options: CameraOptions) -> None:
+    with pytest.raises(SourceError, match="--focus"):
+        open_source(text, camera=options)
+
+
+def test_a_cameras_warnings_reach_the_person() -> None:
+    def open_it() -> Any:
+        source = Corner("corner", 0)
+        source.warnings.append("asked for much, gives little")
+        return source
+
+    assert ReopeningSource(open_it).warnings == ["asked for much, gives little"]
+
+
+@pytest.mark.parametrize(
+    ("input_hw", "small"), [((20, 30), True), ((16, 16), True), ((32, 24), False)]
+)
+def test_a_network_gets_the_small_picture_where_that_has_its_pixels(
+    input_hw: tuple[int, int], small: bool
+) -> None:
+    frame = Corner("corner", 0).read()
+    assert frame is not None
+    assert (frame.for_network(input_hw) is frame.small) == small
 
 
 class Corner(BaseSource):

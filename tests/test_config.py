@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from edgesight.__main__ import main
-from edgesight.device_app.config import BYTES_MAX, tomllib
+from edgesight.device_app.config import BYTES_MAX
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
 EVERYTHING = """
@@ -106,6 +112,13 @@ def test_a_file_that_is_missing_or_no_text(
         file.write_bytes(content)
     assert main(["run", "--config", str(file)]) == 2
     assert f"{file}: expected" in capsys.readouterr().err
+
+
+def test_an_option_that_is_cut_short_is_refused(file: Path) -> None:
+    """Or it would be read, and the file it names would not."""
+    file.write_text("frames = 3")
+    with pytest.raises(SystemExit):
+        main(["run", "--conf", str(file)])
 
 
 def test_a_run_from_a_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

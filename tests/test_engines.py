@@ -43,6 +43,7 @@ def with_engine(monkeypatch: pytest.MonkeyPatch, open_it: Any) -> None:
 
 
 def test_what_is_not_installed_is_not_offered(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert engines.offered() == ["onnxruntime", "openvino"]
     with pytest.raises(InputError, match="installed here: onnxruntime, openvino"):
         OnnxDetector(tiny, engine="cuda")
@@ -89,6 +90,52 @@ def test_one_that_does_not_run_the_file_is_left_with_a_reason(
     rows = measure(tiny, images, [1], rounds=2)
     assert [row.engine for row in rows if row.note] == ["openvino"]
     assert fastest(rows).engine == "onnxruntime"
+
+
+class Dying:
+    """A GPU without kernels: it loads, and fails when it is asked to compute."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+
+    def infer(self, tensor: npt.NDArray[Any]) -> list[Any]:
+        self.runs -= 1
+        if self.runs < 0:
+            message = "no kernel image is available"
+            raise ModelFileError(message)
+        return [np.zeros((1, 8, 6), np.float32)]
+
+
+def test_one_that_fails_when_it_computes_ends_nothing(
+    tiny: Path, images: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = OnnxDetector(tiny)
+    raw = plain.infer(plain.preprocess(images[0])[0])
+    with_engine(monkeypatch, lambda path, threads: Dying(0))
+    assert OnnxDetector(tiny, engine="openvino").engine == "onnxruntime"
+    for runs in (1, 2, 4):  # on the empty picture, on a real one, while it is timed
+        dying = Dying(runs)
+        monkeypatch.setattr(
+            dying, "infer", lambda tensor, own=dying: (Dying.infer(own, tensor), raw)[1]
+        )
+        with_engine(monkeypatch, lambda path, threads, own=dying: own)
+        rows = measure(tiny, images, [1], rounds=4)
+        assert [row.engine for row in rows if row.note] == ["openvino"]
+        assert fastest(rows).engine == "onnxruntime"
+
+
+def test_onnx_runtimes_own_errors_are_ours(tiny: Path) -> None:
+    net = engines.OrtNet(tiny)
+    with pytest.raises(ModelFileError, match=r"tiny\.onnx: expected a model that runs"):
+        net.infer(np.zeros((1, 1), np.float32))
+
+
+def test_a_model_that_is_missing_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path / "none.onnx", tmp_path):
+        assert main(["run", "--engine", "auto", "--model", str(path), "--display", "none"]) == 2
+        assert "expected an ONNX model, found no such file" in capsys.readouterr().err
 
 
 def test_all_that_are_there_are_measured(tiny: Path, images: list[Any]) -> None:

@@ -63,11 +63,12 @@ def test_what_a_jetsons_camera_is_asked_for() -> None:
     assert "sensor-id=1" in text
     assert 'exposuretimerange="2000000 2000000"' in text
     assert "width=1920,height=1080,framerate=25/1" in text
+    assert "framerate=15/2" in jetson_pipeline(0, CameraOptions(fps=7.5))
     assert "drop=true max-buffers=1" in text
 
 
 def test_no_password_is_shown() -> None:
-    text = shortened("rtspsrc location=rtsp://me:secret@camera/1 user-pw=secret2 ! decodebin")
+    text = shortened('rtspsrc location=rtsp://me:secret@camera/1 user-pw="secret 2" ! decodebin')
     assert "secret" not in text
     assert "rtsp://***@camera/1" in text
 

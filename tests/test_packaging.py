@@ -166,3 +166,19 @@ def test_the_main_job_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert summary["frames"] == 20
     assert {"fps", "stages", "accuracy"} <= set(summary)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_install_without_our_opencv_names_all_that_the_package_needs() -> None:
+    """README's line for Jetson and Raspberry Pi: ``--no-deps``, and then the rest by hand."""
+    import re
+
+    root = Path(__file__).parents[1]
+    text = (root / "pyproject.toml").read_text()
+    wanted = set(
+        re.findall(
+            r'^    "([\w-]+)', text.partition("dependencies = [")[2].partition("\n]")[0], re.M
+        )
+    )
+    block = (root / "README.md").read_text().partition("--no-deps .")[2].partition("```")[0]
+    missing = {name for name in wanted if name not in block}
+    assert missing == {"numpy", "opencv-python-headless"}, "the system brings these two"

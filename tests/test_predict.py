@@ -13,7 +13,7 @@ from edgesight.compression.lowbit_choice import in_float
 from edgesight.compression.predict import predicted_convs, predicted_others
 from edgesight.models import cost_guest
 from edgesight.models.core_costs import CHANNELWISE, OPERATORS, conv_instructions
-from edgesight.models.detector import WEIGHT_ROUNDING
+from edgesight.models.engines import WEIGHT_ROUNDING
 
 graphs: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_graphs.py"))))
 SIZE, SPEC, GraphBuilder = graphs.SIZE, graphs.SPEC, graphs.GraphBuilder

@@ -365,5 +365,5 @@ def test_table_shows_what_was_written_and_what_went_wrong() -> None:
     assert "note        camera 0 was lost" in text
     assert "accuracy    fine" in text
     assert "capture to display  41 ms, p99 77 ms" in text
-    assert "held back: under-voltage" in text
+    assert "held back since it was switched on: under-voltage" in text
     assert "engine      onnxruntime, 1 thread(s)" in text

@@ -108,6 +108,10 @@ def test_the_link_becomes_a_cookie_that_scripts_cannot_read(server: Server) -> N
     assert found.status == 200
     assert json.loads(found.body)["viewers"] == 0
     assert ask(server, f"/?token={TOKEN}", "POST").status == 401
+    for other in ('x={"a": 1}', "prefs=a b", "u[0]=1", "=", "ü=1"):  # of another port's program
+        both = f"{other}; {cookie.split(';')[0]}; {other}".encode("latin-1")
+        own: Any = {"Cookie": both}
+        assert ask(server, "/api/figures", **own).status == 200
 
 
 def test_programs_bring_it_in_a_header(server: Server, live: LiveView) -> None:
@@ -186,12 +190,29 @@ def test_the_link_is_printed_with_a_qr_code_in_a_terminal(
 ) -> None:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     monkeypatch.setattr(door, "own_address", lambda: "10.0.0.2")
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
     lines: list[str] = []
-    here = door.announce("http://0.0.0.0:8765/", "0.0.0.0", TOKEN, lines.append)
+    terminal: Any = SimpleNamespace(isatty=lambda: True, encoding="utf-8")
+    here = door.announce("http://0.0.0.0:8765/", "0.0.0.0", TOKEN, lines.append, terminal)
     assert here == f"http://127.0.0.1:8765/?token={TOKEN}"
     assert f"http://10.0.0.2:8765/?token={TOKEN}" in lines[0]
     assert len(lines[-1].splitlines()) > 15, "a QR code"
+    for isatty, encoding in ((True, "latin-1"), (True, None), (False, "utf-8")):
+        unable: Any = SimpleNamespace(isatty=lambda yes=isatty: yes, encoding=encoding)
+        del lines[:]
+        door.announce("http://0.0.0.0:8765/", "0.0.0.0", TOKEN, lines.append, unable)
+        assert all(len(line.splitlines()) == 1 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["raspberrypi.lan", "board.fritz.box:9000"])
+def test_with_the_token_any_name_of_the_board_is_right(live: LiveView, name: str) -> None:
+    running = start_server(live, "0.0.0.0", 0, token=TOKEN)
+    try:
+        right = {"Authorization": f"Bearer {TOKEN}", "Host": name}
+        assert ask(running, "/api/figures", **right).status == 200
+        assert ask(running, "/api/figures", Host=name).status == 401
+    finally:
+        live.close()
+        running.stop()
 
 
 def test_a_run_in_the_network_keeps_strangers_out(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ import picamera2
 picamera2.Picamera2 = SoftPicamera2
 
 from edgesight.__main__ import main
+from edgesight.device_app import picamera as picamera_file
 from edgesight.device_app.camera_options import CameraOptions
 from edgesight.device_app.open_source import open_source
 from edgesight.device_app.picamera import PiCamera
@@ -155,6 +156,43 @@ def test_close_ends_a_read_that_waits(opened: Any) -> None:
     while source.read() is not None:
         assert time.monotonic() < until
     closer.join()
+
+
+def test_frames_that_stop_are_told_and_it_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picamera_file, "TIMEOUT_S", 1.0)
+    source = open_source("picamera")
+    for _ in range(3):
+        assert source.read() is not None
+    camera, lost = source._inner._camera, []
+    process = camera.process_requests
+
+    def without_frames(display: Any) -> None:
+        """As with a cable that comes off: what the camera has finished never arrives."""
+        with camera._requestslock:
+            lost.extend(camera._requests)
+            camera._requests = []
+        process(display)
+
+    camera.process_requests = without_frames
+    states = []
+    until = time.monotonic() + contract.GUARD_S
+    reader = threading.Thread(target=lambda: [source.read() for _ in range(40)], daemon=True)
+    reader.start()
+    while reader.is_alive() and time.monotonic() < until:
+        states.append(source.state)
+        time.sleep(0.01)
+    assert not reader.is_alive(), "it hangs"
+    assert any(state.startswith("retrying: ") for state in states)
+    assert source.state == "running"
+    source.close()
+
+
+def test_what_it_cannot_give_in_size_is_told_to_the_person(opened: Any) -> None:
+    source = open_source("picamera", camera=CameraOptions(size_wh=(1000, 700)))
+    try:
+        assert any("asked for 1000x700 px" in line for line in source.warnings), source.warnings
+    finally:
+        source.close()
 
 
 def test_the_whole_app_runs_on_it(capsys: pytest.CaptureFixture[str]) -> None:
