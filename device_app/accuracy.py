@@ -258,23 +258,19 @@ class ReferenceAccuracy:
             self._wanting = False
             began = time.thread_time()
             frame, detections = item
-            theirs = shared.reference(_seen(detector, frame, self._score))
+            # Of the same picture as the model that is judged, where a camera gives two.
+            picture = frame.for_network(detector.spec.input_hw)
+            whole_wh = frame.image.shape[1], frame.image.shape[0]
+            theirs = shared.reference(detector(picture, self._score, 100, whole_wh))
             ours = shared.detections(detections.above(self._score))
             with self._lock:
                 self._running.add(ours, theirs)
                 self._compared += 1
-            del item, frame, detections  # a picture is a megabyte: not through the pause
+            del item, frame, picture, detections  # a picture is a megabyte: not through the pause
             work_s = time.thread_time() - began
             if self._closing.wait(work_s * self._pause_per_work):
                 return
             self._wanting = True
-
-
-def _seen(detector: OnnxDetector, frame: Frame, score: float) -> Detections:
-    """Returns what a detector sees in a frame: of the same picture as the model that is judged."""
-    tensor, placement = detector.preprocess(frame.for_network(detector.spec.input_hw))
-    whole = placement.seen_from((frame.image.shape[1], frame.image.shape[0]))
-    return detector.postprocess(detector.infer(tensor), whole, score)
 
 
 def open_accuracy(

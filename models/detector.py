@@ -110,10 +110,24 @@ class OnnxDetector:
         return decode(outputs, self.spec, placement, score_min, limit)
 
     def __call__(
-        self, image: Image, score_min: float = SCORE_MIN_EVAL, limit: int = 100
+        self,
+        image: Image,
+        score_min: float = SCORE_MIN_EVAL,
+        limit: int = 100,
+        seen_from_wh: tuple[int, int] | None = None,
     ) -> Detections:
-        """Detects in one BGR picture, uint8 ``(height, width, 3)``."""
+        """Detects in one BGR picture, uint8 ``(height, width, 3)``.
+
+        Args:
+            image: The picture.
+            score_min: Weaker boxes are left out.
+            limit: Boxes at most, best first.
+            seen_from_wh: Size of another picture of the same view, in whose pixels the boxes are
+                to be; the picture's own by default.
+        """
         tensor, placement = self.preprocess(image)
+        if seen_from_wh is not None:
+            placement = placement.seen_from(seen_from_wh)
         return self.postprocess(self.infer(tensor), placement, score_min, limit)
 
     def _move_to(

@@ -163,6 +163,23 @@ def test_boxes_of_the_same_frame_are_compared(tmp_path: Path, tiny: OnnxDetector
     assert accuracy.figures()["f1"] == 100
 
 
+def test_the_reference_looks_at_the_small_picture_where_the_model_did(tmp_path: Path) -> None:
+    """A grey that is another one in the small picture would show."""
+    path = kit.build_tiny(tmp_path / "twin.onnx")
+    judged = OnnxDetector(path)
+    accuracy = reference(path)
+    large, small = np.full((240, 320, 3), 30, np.uint8), np.full((120, 160, 3), 230, np.uint8)
+    until = time.monotonic() + GUARD_S
+    sequence = 0
+    while accuracy.figures()["frames"] < 5:
+        found = judged(small, 0.05, 100, (320, 240))
+        accuracy.offer(Frame(large, sequence, time.monotonic(), None, small), found)
+        sequence += 1
+        assert time.monotonic() < until
+    accuracy.close()
+    assert accuracy.figures()["f1"] == 100
+
+
 def test_pauses_keep_to_the_budget(
     tmp_path: Path, tiny: OnnxDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
