@@ -82,10 +82,10 @@ def test_wrong_input_is_exit_code_2(
 def test_live_source_is_refused(
     tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from edgesight.device_app import sources
+    from edgesight.device_app import open_source as opener
 
     camera = ListSource([np.zeros((4, 4, 3), np.uint8)], live=True)
-    monkeypatch.setattr(sources, "open_source", lambda *args, **options: camera)
+    monkeypatch.setattr(opener, "open_source", lambda *args, **options: camera)
     assert main(["bench", tiny, "--source", "0"]) == 2
     assert "expected a file or a folder, found a live source" in capsys.readouterr().err
     assert camera.read() is None, "the camera must be given back"
