@@ -63,7 +63,7 @@ def test_script_gets_one_json_object_and_no_frame_is_dropped(
     assert found["frames"] == 40
     assert found["dropped"] == 0
     assert found["fps"] > 0
-    assert set(found["stages"]) == {"capture", "preprocess", "inference", "postprocess"}
+    assert set(found["stages"]) == {"capture", "preprocess", "inference", "postprocess", "track"}
     assert set(found["stages"]["inference"]) == {"p50", "p90", "p99", "mean", "n"}
     assert found["stages"]["inference"]["n"] == 40
     assert found["accuracy"]["kind"] == "none"
