@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TypedDict
 
+from .events import Events
 from .health import HealthFigures
 
 SCORE_DEFAULT = 0.35
@@ -69,6 +70,28 @@ class Figures(TypedDict, total=False):
     latency_ms: StageFigures
     """From capture to the encoded picture, handed to the viewers; only while somebody looks."""
     board: HealthFigures
+    classes: list[str]
+    """Names of everything that the model knows."""
+    zones: dict[str, dict[str, int]]
+    """By zone: objects inside it, per class name; only with zones."""
+    recording: RecordingFigures
+    mqtt: str
+    """``connected`` or ``retrying: why``; only with a broker."""
+    warnings: list[str]
+    """What does not work while the run goes on; one line each."""
+
+
+class RecordingFigures(TypedDict):
+    """How the recording is."""
+
+    on: bool
+    name: str | None
+    """Of the file that grows; None while nothing is recorded."""
+    seconds: float
+    pre_roll_s: float
+    """Seconds before the button that a recording begins with, if there were pictures."""
+    error: str | None
+    """Why the last one ended by itself."""
 
 
 @dataclass
@@ -78,10 +101,14 @@ class Controls:
     Attributes:
         boxes: Whether boxes are drawn.
         score_min: Score 0..1 from which a box is drawn. Accuracy and files keep the run's own.
+        classes: Names of the classes whose boxes are drawn; None: all.
+        plain: Whether the figures stay off the picture: a plain mode for cameras.
     """
 
     boxes: bool = True
     score_min: float = SCORE_DEFAULT
+    classes: frozenset[str] | None = None
+    plain: bool = False
 
 
 class LiveView:
@@ -91,11 +118,15 @@ class LiveView:
 
     Args:
         controls: The viewers' settings; new ones by default.
+
+    Attributes:
+        events: What happens in the run.
     """
 
     def __init__(self, controls: Controls | None = None) -> None:
         """Starts with no picture and no figures."""
         self.controls = controls or Controls()
+        self.events = Events()
         self._condition = threading.Condition()
         self._jpeg: bytes | None = None
         self._sequence = -1
