@@ -205,7 +205,7 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             live=live,
             display=args.display == "web",
             accuracy=accuracy,
-            sinks=open_sinks(args, source, detector.spec.classes),
+            sinks=open_sinks(args, source),
             frames=args.frames,
             track=not (args.no_track or source.still),
             lossless=max_speed and not source.live,
@@ -288,7 +288,7 @@ def _watch(loop: Loop, say: Callable[[str], None]) -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def open_sinks(args: argparse.Namespace, source: Source, classes: tuple[str, ...]) -> list[Sink]:
+def open_sinks(args: argparse.Namespace, source: Source) -> list[Sink]:
     """Returns the files that the user asked for.
 
     Raises:
@@ -298,7 +298,7 @@ def open_sinks(args: argparse.Namespace, source: Source, classes: tuple[str, ...
 
     sinks: list[Sink] = []
     if args.jsonl is not None:
-        sinks.append(JsonlSink(args.jsonl, classes))
+        sinks.append(JsonlSink(args.jsonl))
     if args.video is not None:
         try:
             sinks.append(VideoSink(args.video, source.fps, live=source.live))

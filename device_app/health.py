@@ -44,6 +44,10 @@ class Health:
                 self._usual = [*self._usual, inference_ms][-USUAL_SAMPLES:]
         return {**found, "says": self._says(found, inference_ms)}
 
+    def forget_usual(self) -> None:
+        """Begins anew with what is usual: another model takes another time."""
+        self._usual = []
+
     def _says(self, found: BoardFigures, inference_ms: float | None) -> str | None:
         if not found["throttled"]:
             return None

@@ -16,46 +16,35 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import cv2
-import numpy.typing as npt
 
 from ..models.detections import Detections
 from ..models.detector import SCORE_MIN_EVAL, OnnxDetector
-from ..models.errors import SourceError
-from ..models.preprocess import Image, Placement
+from ..models.errors import EdgeSightError, SourceError
 from .accuracy import Accuracy, NoAccuracy
+from .following import Following
 from .frame import Frame
+from .handover import Handover
 from .health import Health
 from .latest import Latest
 from .live import SCORE_DEFAULT, Figures, LiveView
+from .showing import Showing
 from .sinks import Sink
 from .sources import Source
 from .stats import Stats
-from .tracking import Tracker
+from .watchdog import Watchdog
+from .work import Judged, Work
+from .writing import Writing
 
-DISPLAY_FPS_MAX = 20.0
-"""More pictures per second than this cost CPU and look no better on a web page."""
-JPEG_QUALITY = 80
 REFRESH_S = 0.25
 """Seconds between two updates of the figures."""
 JOIN_S = 0.3
 """So long ``stop`` waits for the threads; a read that hangs in a driver is left behind."""
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """A frame on its way through the network: not prepared yet, prepared, or run."""
-
-    frame: Frame
-    tensor: npt.NDArray[Any] | None = None
-    placement: Placement | None = None
-    outputs: list[Any] | None = None
+PAUSE_S = 0.1
+"""So long the capture rests after a read that failed."""
+AGAIN_S = 1.0
+"""So long the encoding rests after it failed."""
 
 
 class Loop:
@@ -91,23 +80,25 @@ class Loop:
         stats: Stats | None = None,
     ) -> None:
         """Prepares the threads; ``start`` starts them."""
-        self.source, self.detector = source, detector
+        self.source = source
         self.live = live or LiveView()
         self.stats = stats or Stats()
-        self.accuracy = accuracy or NoAccuracy("not judged")
         self.first_result_s: float | None = None
-        self.written: list[Path] = []
+        self.newest: tuple[Frame, Detections] | None = None
+        """The last frame that went all the way, and its boxes at or above the score."""
+        self.handover = Handover(Judged(detector, accuracy or NoAccuracy("not judged")))
         self._score, self._frames, self._lossless = score, frames, lossless
-        self._sinks = sinks
         self._captured: Latest[Work] = Latest(lossless)
         self._ran: Latest[Work] = Latest(lossless=True)
-        self._shown: Latest[tuple[Frame, Detections]] = Latest()
+        self._showing = Showing(self.live, self.stats)
+        self._writing = Writing(sinks, self._showing, self.live.events, lossless)
+        self._watchdog = Watchdog()
+        self._warnings: list[str] = []
         self._stop = threading.Event()
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self._counts: Counter[str] = Counter()
         self._health = Health()
-        self._tracker = Tracker(score) if track else None
+        self._following = Following(score, track, source, self.stats)
         self._threads = [
             self._thread("capture", self._capture),
             self._thread("inference", self._infer),
@@ -115,6 +106,21 @@ class Loop:
         ]
         if display:
             self._threads.append(self._thread("encoding", self._encode))
+
+    @property
+    def detector(self) -> OnnxDetector:
+        """The detector that takes the next frame."""
+        return self.handover.now.detector
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """How that one is judged."""
+        return self.handover.now.accuracy
+
+    @property
+    def written(self) -> list[Path]:
+        """The files that are there at the end."""
+        return self._writing.written
 
     @property
     def dropped(self) -> int:
@@ -141,9 +147,8 @@ class Loop:
             left = REFRESH_S if until is None else min(REFRESH_S, until - time.monotonic())
             if self._done.wait(max(0.0, left)):
                 return True
+            self._look_after()
             self.live.set_figures(self.figures())
-            if self.accuracy.error is not None:
-                self._fail(self.accuracy.error)
             if until is not None and time.monotonic() >= until:
                 return False
 
@@ -152,7 +157,7 @@ class Loop:
         self._stop.set()
         self._captured.close(discard=True)
         self._ran.close(discard=True)
-        self._shown.close(discard=True)
+        self._showing.slot.close(discard=True)
         self._done.set()
         self.live.close()
 
@@ -177,15 +182,10 @@ class Loop:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, until - time.monotonic()))
-        failed = (self._error or self.accuracy.error) is not None
-        for sink in self._sinks:
-            try:
-                if (written := sink.close(complete=not failed)) is not None:
-                    self.written.append(written)
-            except Exception as problem:
-                self._error = self._error or problem
+        error = self._error or self._judging_error()
+        unfinished = self._writing.close(complete=error is None)
+        error = error or unfinished
         self.live.set_figures(self.figures())
-        error = self._error or self.accuracy.error
         if error is not None:
             raise error
 
@@ -212,11 +212,13 @@ class Loop:
             "display_fps": round(stats.display.recent(), 1),
             "stages_ms": stages,
             "accuracy": self.accuracy.figures(),
-            "detections": dict(self._counts),
+            "detections": self._following.counts,
             "elapsed_s": round(stats.elapsed_s(), 2),
             "board": self._health.figures(
                 stages["inference"]["p50"] if "inference" in stages else None
             ),
+            "classes": list(self.detector.spec.classes),
+            "warnings": [*self._warnings, *self._writing.warnings()],
         }
         if stats.latency.n:
             figures["latency_ms"] = stats.latency.recent()
@@ -236,11 +238,38 @@ class Loop:
             self._error = self._error or error
         self.stop()
 
+    def _judging_error(self) -> EdgeSightError | None:
+        """Returns why the reference that the user named is none; one chosen later ends nothing."""
+        return self.accuracy.error if self.handover.now is self.handover.first else None
+
+    def _look_after(self) -> None:
+        """Ends the run if that is all that is left, and says who hangs."""
+        error = self._judging_error()
+        try:
+            quiet = ("capture",) if self.source.state != "running" else ()  # that says why itself
+            self._warnings = self._watchdog.warnings(quiet)
+        except EdgeSightError as hangs:
+            error = error or hangs
+        if error is not None:
+            self._fail(error)
+
     def _capture(self) -> None:
         taken = 0
         while not self._stop.is_set():
             began = time.perf_counter()
-            frame = self.source.read()
+            self._watchdog.begin("capture")
+            try:
+                frame = self.source.read()
+            except EdgeSightError:
+                raise  # its own word that nothing more will come
+            except Exception as error:
+                if self._lossless:
+                    raise
+                self._watchdog.frame_failed(error)
+                self._stop.wait(PAUSE_S)
+                continue
+            finally:
+                self._watchdog.end("capture")
             if frame is None:
                 break
             self.stats.times["capture"].add(
@@ -260,107 +289,104 @@ class Loop:
 
     def _prepared(self, work: Work) -> Work:
         began = time.perf_counter()
-        image = work.frame.image
-        tensor, placement = self.detector.preprocess(
-            work.frame.for_network(self.detector.spec.input_hw)
-        )
+        judged, image = self.handover.now, work.frame.image
+        detector = judged.detector
+        tensor, placement = detector.preprocess(work.frame.for_network(detector.spec.input_hw))
         placement = placement.seen_from((image.shape[1], image.shape[0]))
         self.stats.times["preprocess"].add(time.perf_counter() - began)
-        return Work(work.frame, tensor, placement)
+        return Work(work.frame, judged, tensor, placement)
 
     def _infer(self) -> None:
         while (work := self._captured.get()) is not None:
-            if work.tensor is None:
-                work = self._prepared(work)
-            assert work.tensor is not None
-            began = time.perf_counter()
-            outputs = self.detector.infer(work.tensor)
-            self.stats.times["inference"].add(time.perf_counter() - began)
-            if not self._ran.put(Work(work.frame, None, work.placement, outputs)):
+            self._watchdog.begin("inference")
+            judged = work.judged or self.handover.now
+            try:
+                if work.tensor is None:
+                    work = self._prepared(work)
+                judged = work.judged or judged
+                assert work.tensor is not None
+                began = time.perf_counter()
+                outputs = judged.detector.infer(work.tensor)
+                self.stats.times["inference"].add(time.perf_counter() - began)
+            except Exception as error:
+                self._frame_failed(judged, error)
+                continue
+            finally:
+                self._watchdog.end("inference")
+            if not self._ran.put(Work(work.frame, judged, None, work.placement, outputs)):
                 break
         self._ran.close()
 
+    def _frame_failed(self, judged: Judged, error: Exception) -> None:
+        """Goes on after a frame that failed: with the detector before, if this one is on trial.
+
+        Raises:
+            Exception: ``error``: every frame counts, or too many have failed.
+        """
+        if self.handover.failed(judged, error):
+            return
+        if self._lossless:
+            raise error
+        self._watchdog.frame_failed(error)
+
     def _results(self) -> None:
-        classes = self.detector.spec.classes
-        controls = self.live.controls
-        drawing = any(sink.draws for sink in self._sinks)
+        seen_by = self.handover.now
         while (work := self._ran.get()) is not None and not self._stop.is_set():
-            assert work.outputs is not None
-            assert work.placement is not None
-            frame = work.frame
-            viewed = self.live.viewers > 0
-            floor = min(self._score, self.accuracy.score_floor)
-            if viewed:
-                floor = min(floor, controls.score_min)
-            if self._tracker is not None:
-                floor = min(floor, self._tracker.floor)
-            began = time.perf_counter()
-            found = self.detector.postprocess(
-                work.outputs, work.placement, max(floor, SCORE_MIN_EVAL)
-            )
-            self.stats.times["postprocess"].add(time.perf_counter() - began)
-            found, counts = self._followed(found, frame)
-            counted = found.above(self._score)
-            self._counts = Counter(
-                {classes[i] if i < len(classes) else str(i): n for i, n in counts.items()}
-            )
-            self.accuracy.offer(frame, found)
-            if self._sinks:
-                picture = self._drawn(frame.image, counted) if drawing else None
-                for sink in self._sinks:
-                    sink.write(frame, counted, picture if sink.draws else None)
-            if viewed:
-                self._shown.put((frame, found))
-            if self.first_result_s is None:
-                self.first_result_s = time.monotonic()
-            self.stats.inference.tick()
+            assert work.judged is not None
+            self._watchdog.begin("results")
+            if work.judged is not seen_by:
+                self._took_over()
+                seen_by = work.judged
+            try:
+                self._result(work, work.judged)
+            except Exception as error:
+                self._frame_failed(work.judged, error)
+                continue
+            finally:
+                self._watchdog.end("results")
+            self._watchdog.frame_done()
+            self.handover.passed(work.judged)
             if self._frames is not None and self.stats.inference.n >= self._frames:
                 break
         self._captured.close(discard=True)
         self._ran.close(discard=True)
-        self._shown.close()
+        self._showing.slot.close()
         self._done.set()
         self.live.close()
 
-    def _followed(self, found: Detections, frame: Frame) -> tuple[Detections, Counter[int]]:
-        """Returns the boxes, with their tracks if they are followed, and counts of each class."""
-        if self._tracker is None:
-            return found, Counter(found.above(self._score).label.tolist())
-        began = time.perf_counter()
-        source = self.source
-        file = not source.live and source.fps > 0  # whose frames may come faster than recorded
-        time_s = frame.sequence / source.fps if file else frame.captured_s
-        followed = self._tracker.update(found, time_s)
-        self.stats.times["track"].add(time.perf_counter() - began)
-        return followed, self._tracker.counts()
+    def _took_over(self) -> None:
+        """Begins anew with what belonged to the detector before."""
+        for stage in ("preprocess", "inference", "postprocess"):
+            self.stats.times[stage].forget_recent()
+        self._health.forget_usual()
 
-    def _drawn(self, image: Image, detections: Detections, boxes: bool = True) -> Image:
-        from ..models.draw import draw_detections
-        from .hud import draw_hud
-
+    def _result(self, work: Work, judged: Judged) -> None:
+        assert work.outputs is not None
+        assert work.placement is not None
+        frame, detector, accuracy = work.frame, judged.detector, judged.accuracy
+        classes, controls = detector.spec.classes, self.live.controls
+        viewed = self.live.viewers > 0
+        floor = min(self._following.floor, accuracy.score_floor)
+        if viewed:
+            floor = min(floor, controls.score_min)
         began = time.perf_counter()
-        picture = image.copy()
-        if boxes:
-            draw_detections(picture, detections, self.detector.spec.classes)
-        draw_hud(picture, self.live.figures())
-        self.stats.times["draw"].add(time.perf_counter() - began)
-        return picture
+        found = detector.postprocess(work.outputs, work.placement, max(floor, SCORE_MIN_EVAL))
+        self.stats.times["postprocess"].add(time.perf_counter() - began)
+        found = self._following.update(found, frame, classes)
+        counted = found.above(self._score)
+        accuracy.offer(frame, found)
+        self._writing.write(frame, counted, classes)
+        if viewed:
+            self._showing.slot.put((frame, found, classes))
+        self.newest = (frame, counted)
+        if self.first_result_s is None:
+            self.first_result_s = time.monotonic()
+        self.stats.inference.tick()
 
     def _encode(self) -> None:
-        interval_s = 1 / DISPLAY_FPS_MAX
-        due_s = time.monotonic()
-        while (item := self._shown.get()) is not None:
-            frame, found = item
-            controls = self.live.controls
-            picture = self._drawn(frame.image, found.above(controls.score_min), controls.boxes)
-            began = time.perf_counter()
-            ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-            self.stats.times["encode"].add(time.perf_counter() - began)
-            if ok:
-                self.live.publish(data.tobytes(), frame.sequence)
-                self.stats.latency.add(time.monotonic() - frame.captured_s)
-                self.stats.display.tick()
-            now = time.monotonic()
-            due_s = max(due_s + interval_s, now)
-            if due_s > now and self._stop.wait(due_s - now):
-                break
+        while not self._showing.slot.closed:
+            try:
+                self._showing.run(self._stop, self._watchdog)
+            except Exception as error:  # a picture less is no reason to stop looking
+                self.live.events.add("sink", f"a picture could not be drawn: {error}")
+                self._stop.wait(AGAIN_S)

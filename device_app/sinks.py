@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -25,6 +26,23 @@ FREE_MIN_BYTES = 4 << 20
 FILL_MAX_S = 10.0
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A frame that went through the detector, and what was found.
+
+    Attributes:
+        frame: As it came from the source.
+        detections: Those at or above the run's score.
+        classes: Names of their classes; others after another model was chosen.
+        picture: The annotated picture, for sinks that draw; else None.
+    """
+
+    frame: Frame
+    detections: Detections
+    classes: tuple[str, ...]
+    picture: Image | None = None
+
+
 class Sink(Protocol):
     """Takes every frame that went through the detector; all calls come from one thread.
 
@@ -34,13 +52,8 @@ class Sink(Protocol):
 
     draws: bool
 
-    def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
+    def write(self, seen: Seen) -> None:
         """Takes one frame.
-
-        Args:
-            frame: As it came from the source.
-            detections: Those at or above the run's score.
-            picture: The annotated picture if ``draws``, else None.
 
         Raises:
             OutputError: It cannot be written.
@@ -73,12 +86,12 @@ class MemorySink:
     def __init__(self, draws: bool = False) -> None:
         """Starts empty."""
         self.draws = draws
-        self.items: list[tuple[Frame, Detections, Image | None]] = []
+        self.items: list[Seen] = []
         self.closed = False
 
-    def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
+    def write(self, seen: Seen) -> None:
         """Keeps one frame."""
-        self.items.append((frame, detections, picture))
+        self.items.append(seen)
 
     def close(self, complete: bool = True) -> Path | None:
         """Notes it."""
@@ -98,7 +111,6 @@ class JsonlSink:
 
     Args:
         path: Of the file.
-        classes: The model's class names.
 
     Raises:
         OutputError: The file cannot be created.
@@ -106,9 +118,9 @@ class JsonlSink:
 
     draws = False
 
-    def __init__(self, path: Path, classes: tuple[str, ...]) -> None:
+    def __init__(self, path: Path) -> None:
         """Creates the growing file."""
-        self._path, self._classes = path, classes
+        self._path = path
         self._part = _part_of(path)
         self._clock_offset_s = time.time() - time.monotonic()
         self._file: TextIO | None = None
@@ -117,14 +129,14 @@ class JsonlSink:
         except OSError as error:
             raise _cannot_write(path, error) from error
 
-    def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
+    def write(self, seen: Seen) -> None:
         """Writes one line."""
         if self._file is None:
             return
         line = {
-            "sequence": frame.sequence,
-            "time": round(frame.captured_s + self._clock_offset_s, 3),
-            "detections": detections.to_dicts(self._classes),
+            "sequence": seen.frame.sequence,
+            "time": round(seen.frame.captured_s + self._clock_offset_s, 3),
+            "detections": seen.detections.to_dicts(seen.classes),
         }
         try:
             self._file.write(json.dumps(line) + "\n")
@@ -199,8 +211,9 @@ class VideoSink:
         except OSError as error:
             raise _cannot_write(path, error) from error
 
-    def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
+    def write(self, seen: Seen) -> None:
         """Writes one frame; pictures of another size than the first's are fitted into it."""
+        frame, picture = seen.frame, seen.picture
         if picture is None or self._closed:
             return
         if self._writer is None:

@@ -58,10 +58,20 @@ class Times:
         """Number of samples."""
         return self._n
 
+    @property
+    def has_recent(self) -> bool:
+        """Whether ``recent`` has something to tell."""
+        return bool(self._recent)
+
+    def forget_recent(self) -> None:
+        """Lets ``recent`` begin anew, for instance with another model."""
+        with self._lock:
+            self._recent.clear()
+
     def recent(self) -> StageFigures:
         """Returns percentiles of the latest samples in milliseconds."""
         with self._lock:
-            values = list(self._recent)
+            values = list(self._recent) or [0.0]  # forgotten since somebody asked for them
         p50, p90, p99 = (round(float(v), 3) for v in np.percentile(values, (50, 90, 99)))
         return {"p50": p50, "p90": p90, "p99": p99}
 
@@ -155,7 +165,7 @@ class Stats:
 
     def stages_ms(self) -> dict[str, StageFigures]:
         """Returns the latest percentiles of each stage that ran."""
-        return {name: times.recent() for name, times in self.times.items() if times.n}
+        return {name: times.recent() for name, times in self.times.items() if times.has_recent}
 
     def summary_ms(self) -> dict[str, StageSummary]:
         """Returns the percentiles of each stage that ran, over the whole run."""

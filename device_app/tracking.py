@@ -129,6 +129,10 @@ class Tracker:
             numbers[place] = track.number if early else 0
         return found.with_tracks(numbers)
 
+    def forget(self) -> None:
+        """Forgets all objects, not their numbers: those of the next ones go on."""
+        self.tracks = []
+
     def counts(self) -> Counter[int]:
         """Returns how many objects of each class are there: seen now, or a moment ago."""
         return Counter(t.label for t in self.present())

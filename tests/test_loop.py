@@ -13,13 +13,12 @@ import cv2
 import numpy as np
 import pytest
 from edgesight.device_app.accuracy import LabelAccuracy
-from edgesight.device_app.frame import Frame
 from edgesight.device_app.live import LiveView
-from edgesight.device_app.loop import DISPLAY_FPS_MAX, Loop
-from edgesight.device_app.sinks import MemorySink
+from edgesight.device_app.loop import Loop
+from edgesight.device_app.showing import DISPLAY_FPS_MAX
+from edgesight.device_app.sinks import MemorySink, Seen
 from edgesight.device_app.sources import BaseSource, ListSource, Picture
 from edgesight.models.dataset import GroundTruth
-from edgesight.models.detections import Detections
 from edgesight.models.preprocess import Image
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
@@ -39,8 +38,9 @@ def test_file_at_full_speed_loses_nothing_and_boxes_belong_to_their_frames(
     sink = MemorySink()
     detector.delay_s = 0.002
     loop = run(Loop(ListSource(pictures(60)), detector, sinks=[sink], lossless=True))
-    assert [frame.sequence for frame, _, _ in sink.items] == list(range(60))
-    for frame, found, picture in sink.items:
+    assert [seen.frame.sequence for seen in sink.items] == list(range(60))
+    for seen in sink.items:
+        frame, found, picture = seen.frame, seen.detections, seen.picture
         assert picture is None
         bright = found[found.label == 0]
         assert float(bright.score[0]) == pytest.approx(frame.image.mean() / 255, abs=1e-3)
@@ -91,14 +91,14 @@ def test_slow_network_on_a_fast_camera_sees_new_frames_only(detector: Any) -> No
     ages: list[float] = []
 
     class Ages(MemorySink):
-        def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
-            ages.append(time.monotonic() - frame.captured_s)
-            super().write(frame, detections, picture)
+        def write(self, seen: Seen) -> None:
+            ages.append(time.monotonic() - seen.frame.captured_s)
+            super().write(seen)
 
     sink = Ages()
     camera = ListSource(pictures(10), fps=500, live=True, paced=True, loop=True)
     loop = run(Loop(camera, detector, sinks=[sink], frames=30))
-    numbers = [frame.sequence for frame, _, _ in sink.items]
+    numbers = [seen.frame.sequence for seen in sink.items]
     assert len(numbers) == 30
     assert numbers == sorted(set(numbers))
     assert loop.dropped > 30, "most frames came while the network was busy"
@@ -136,7 +136,7 @@ def test_only_boxes_from_the_score_up_are_written(detector: Any) -> None:
             accuracy=accuracy,
         )
         run(loop)
-        assert sink.items[0][1].label.tolist() == labels
+        assert sink.items[0].detections.label.tolist() == labels
         names = {"dark": 1, "bright": 1}
         assert loop.figures()["detections"] == {
             name: n for name, n in names.items() if detector.spec.classes.index(name) in labels
@@ -199,7 +199,8 @@ def test_video_sink_gets_drawn_pictures(detector: Any) -> None:
     sink = MemorySink(draws=True)
     images = [np.full((240, 320, 3), 128, np.uint8)] * 3
     run(Loop(ListSource(images), detector, sinks=[sink], lossless=True))
-    for frame, _, picture in sink.items:
+    for seen in sink.items:
+        frame, picture = seen.frame, seen.picture
         assert picture is not None
         assert picture.shape == frame.image.shape
         assert (picture != frame.image).any()

@@ -6,20 +6,18 @@ import contextlib
 import runpy
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from edgesight.device_app.accuracy import ReferenceAccuracy
-from edgesight.device_app.frame import Frame
 from edgesight.device_app.live import LiveView
 from edgesight.device_app.loop import Loop
-from edgesight.device_app.sinks import MemorySink
+from edgesight.device_app.sinks import MemorySink, Seen
 from edgesight.device_app.sources import BaseSource, ListSource, Picture, ReopeningSource, Source
-from edgesight.models.detections import Detections
 from edgesight.models.errors import ModelFileError, OutputError, SourceError
-from edgesight.models.preprocess import Image
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
 loops: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loop_kit.py"))))
@@ -32,18 +30,24 @@ def detector(tmp_path: Path) -> Any:
     return loops.SlowDetector(kit.build_tiny(tmp_path / "tiny.onnx"))
 
 
-def test_network_that_fails_ends_the_run_with_its_error(detector: Any) -> None:
-    calls = []
+def fails_at(detector: Any, fails: Callable[[int], bool]) -> list[int]:
+    """Makes the network fail on some of its calls, which are counted from 1."""
+    calls: list[int] = []
 
     def infer(tensor: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
+        calls.append(len(calls) + 1)
+        if fails(calls[-1]):
             message = "out of memory"
             raise RuntimeError(message)
         return original(tensor)
 
     original = detector.infer
-    detector.infer = infer  # type: ignore[method-assign]
+    detector.infer = infer
+    return calls
+
+
+def test_network_that_fails_for_good_ends_the_run_with_its_error(detector: Any) -> None:
+    fails_at(detector, lambda call: call >= 5)
     sink = MemorySink()
     camera = ListSource(pictures(5), fps=100, live=True, paced=True, loop=True)
     loop = Loop(camera, detector, sinks=[sink])
@@ -52,24 +56,76 @@ def test_network_that_fails_ends_the_run_with_its_error(detector: Any) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         loop.finish()
     assert sink.closed
+    assert len(sink.items) == 4
 
 
-@pytest.mark.parametrize("lossless", [True, False])
-def test_sink_that_fails_ends_the_run_with_its_error(detector: Any, lossless: bool) -> None:
-    class Full(MemorySink):
-        def write(self, frame: Frame, detections: Detections, picture: Image | None) -> None:
-            if frame.sequence >= 3:
-                message = "cannot write x: disk full; free space"
-                raise OutputError(message)
-            super().write(frame, detections, picture)
+def test_network_that_fails_now_and_then_does_not_end_the_run(detector: Any) -> None:
+    calls = fails_at(detector, lambda call: call % 3 == 0)
+    camera = ListSource(pictures(5), fps=300, live=True, paced=True, loop=True)
+    sink = MemorySink()
+    run(Loop(camera, detector, sinks=[sink], frames=100))
+    assert len(sink.items) == 100
+    assert len(calls) >= 148
 
+
+def test_file_of_which_a_frame_fails_ends_with_its_error(detector: Any) -> None:
+    fails_at(detector, lambda call: call == 5)
+    loop = Loop(ListSource(pictures(20)), detector, lossless=True)
+    loop.start()
+    assert loop.wait(GUARD_S)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.finish()
+
+
+def test_camera_whose_read_fails_now_and_then_goes_on(detector: Any) -> None:
+    class Shaky(ListSource):
+        def _next(self) -> Picture | None:
+            if self._sequence % 4 == 3 and not shaken.get(self._sequence):
+                shaken[self._sequence] = True
+                message = "a frame that no driver should give"
+                raise ValueError(message)
+            return super()._next()
+
+    shaken: dict[int, bool] = {}
+    sink = MemorySink()
+    run(Loop(Shaky(pictures(5), loop=True), detector, sinks=[sink], frames=12))
+    assert len(sink.items) == 12
+    assert shaken
+
+
+class Full(MemorySink):
+    """A file on a disk that is full after three frames."""
+
+    def write(self, seen: Seen) -> None:
+        if len(self.items) >= 3:
+            message = "cannot write x: disk full; free space"
+            raise OutputError(message)
+        super().write(seen)
+
+
+def test_sink_that_fails_ends_the_run_of_a_file_with_its_error(detector: Any) -> None:
     sink = Full()
-    loop = Loop(ListSource(pictures(20), loop=True), detector, sinks=[sink], lossless=lossless)
+    loop = Loop(ListSource(pictures(20), loop=True), detector, sinks=[sink], lossless=True)
     loop.start()
     assert loop.wait(GUARD_S)
     with pytest.raises(OutputError, match="disk full"):
         loop.finish()
     assert sink.closed
+
+
+def test_sink_that_fails_is_told_and_a_camera_goes_on(detector: Any) -> None:
+    full, whole = Full(), MemorySink()
+    camera = ListSource(pictures(5), fps=300, live=True, paced=True, loop=True)
+    loop = Loop(camera, detector, sinks=[full, whole], frames=60)
+    loop.start()
+    assert loop.wait(GUARD_S)
+    with pytest.raises(OutputError, match="disk full"):  # told at the end, too
+        loop.finish()
+    assert (len(full.items), len(whole.items)) == (3, 60)
+    assert full.closed
+    assert whole.closed
+    assert loop.live.figures()["warnings"] == ["cannot write x: disk full; free space"]
+    assert [event.kind for event in loop.live.events.after()] == ["sink"]
 
 
 def test_failed_run_does_not_complete_its_sinks(detector: Any) -> None:

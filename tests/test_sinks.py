@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from edgesight.device_app.frame import Frame
-from edgesight.device_app.sinks import JsonlSink, VideoSink
+from edgesight.device_app.sinks import JsonlSink, Seen, VideoSink
 from edgesight.models.detections import Detections
 from edgesight.models.errors import OutputError
 from edgesight.models.files import write_text
@@ -45,10 +45,10 @@ def frames_of(path: Path) -> list[int]:
 
 def test_jsonl_has_one_object_per_frame(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "found.jsonl"
-    sink = JsonlSink(path, CLASSES)
+    sink = JsonlSink(path)
     before = time.time()
-    sink.write(frame(7), FOUND, None)
-    sink.write(frame(9), Detections.empty(), None)
+    sink.write(Seen(frame(7), FOUND, CLASSES))
+    sink.write(Seen(frame(9), Detections.empty(), CLASSES))
     assert not path.exists(), "the file gets its name only at the end"
     assert sink.close() == path
     assert sink.close() is None
@@ -65,8 +65,8 @@ def test_jsonl_has_one_object_per_frame(tmp_path: Path) -> None:
 def test_failed_run_leaves_the_earlier_jsonl_and_keeps_its_own_part(tmp_path: Path) -> None:
     path = tmp_path / "found.jsonl"
     path.write_text("earlier\n")
-    sink = JsonlSink(path, CLASSES)
-    sink.write(frame(0), FOUND, None)
+    sink = JsonlSink(path)
+    sink.write(Seen(frame(0), FOUND, CLASSES))
     part = sink.close(complete=False)
     assert path.read_text() == "earlier\n"
     assert part is not None
@@ -74,7 +74,7 @@ def test_failed_run_leaves_the_earlier_jsonl_and_keeps_its_own_part(tmp_path: Pa
 
 
 def test_failed_run_without_a_frame_leaves_nothing(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "a.jsonl", CLASSES)
+    sink = JsonlSink(tmp_path / "a.jsonl")
     assert sink.close(complete=False) is None
     video = VideoSink(tmp_path / "a.mp4", 30)
     assert video.close(complete=False) is None
@@ -91,14 +91,15 @@ from pathlib import Path
 sys.path[:0] = {sys.path!r}
 import numpy as np
 from edgesight.device_app.frame import Frame
-from edgesight.device_app.sinks import JsonlSink
+from edgesight.device_app.sinks import JsonlSink, Seen
 from edgesight.models.detections import Detections
 from edgesight.models.errors import OutputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sink = JsonlSink(Path({os.fspath(path)!r}), ("person",))
+sink = JsonlSink(Path({os.fspath(path)!r}))
 try:
     for i in range(5000):
-        sink.write(Frame(np.zeros((4, 4, 3), np.uint8), i, 0.0), Detections.empty(), None)
+        frame = Frame(np.zeros((4, 4, 3), np.uint8), i, 0.0)
+        sink.write(Seen(frame, Detections.empty(), ("person",)))
 except OutputError as error:
     print(error)
 else:
@@ -120,7 +121,7 @@ def test_folder_without_permission_is_an_output_error(tmp_path: Path) -> None:
         os.seteuid(65534)
     try:
         with pytest.raises(OutputError, match="cannot write"):
-            JsonlSink(tmp_path / "a.jsonl", CLASSES)
+            JsonlSink(tmp_path / "a.jsonl")
     finally:
         if root:
             os.seteuid(0)
@@ -128,7 +129,7 @@ def test_folder_without_permission_is_an_output_error(tmp_path: Path) -> None:
 
 def test_path_that_is_a_folder_or_below_a_file_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="found a folder"):
-        JsonlSink(tmp_path, CLASSES)
+        JsonlSink(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         VideoSink(tmp_path / "file" / "a.mp4", 30)
@@ -139,7 +140,7 @@ def test_video_has_every_frame_and_its_speed(tmp_path: Path, suffix: str) -> Non
     path = tmp_path / f"seen{suffix}"
     sink = VideoSink(path, 12.0)
     for i in range(10):
-        sink.write(frame(i), FOUND, np.full((48, 64, 3), 20 * i, np.uint8))
+        sink.write(Seen(frame(i), FOUND, CLASSES, np.full((48, 64, 3), 20 * i, np.uint8)))
     assert not path.exists()
     assert sink.close() == path
     assert frames_of(path) == pytest.approx([20 * i for i in range(10)], abs=6)
@@ -151,7 +152,7 @@ def test_dropped_frames_are_filled_so_that_the_video_plays_at_its_own_speed(tmp_
     path = tmp_path / "seen.mp4"
     sink = VideoSink(path, 30)
     for sequence, grey in ((5, 40), (6, 80), (9, 160)):
-        sink.write(frame(sequence), FOUND, np.full((48, 64, 3), grey, np.uint8))
+        sink.write(Seen(frame(sequence), FOUND, CLASSES, np.full((48, 64, 3), grey, np.uint8)))
     sink.close()
     assert frames_of(path) == pytest.approx([40, 80, 160, 160, 160], abs=6)
 
@@ -161,7 +162,7 @@ def test_live_video_follows_the_clock(tmp_path: Path) -> None:
     sink = VideoSink(path, 10, live=True)
     for i, at_s in enumerate((50.0, 50.01, 50.1, 50.5)):
         picture = np.full((48, 64, 3), 40 * (i + 1), np.uint8)
-        sink.write(frame(i, captured_s=at_s), FOUND, picture)
+        sink.write(Seen(frame(i, captured_s=at_s), FOUND, CLASSES, picture))
     sink.close()
     assert frames_of(path) == pytest.approx([40, 120, 160, 160, 160, 160], abs=8)
 
@@ -170,7 +171,7 @@ def test_pictures_of_other_sizes_are_fitted_into_the_first(tmp_path: Path) -> No
     path = tmp_path / "seen.mp4"
     sink = VideoSink(path, 10)
     for i, size in enumerate([(48, 64), (96, 32), (301, 17), (5, 500)]):
-        sink.write(frame(i), FOUND, np.full((*size, 3), 200, np.uint8))
+        sink.write(Seen(frame(i), FOUND, CLASSES, np.full((*size, 3), 200, np.uint8)))
     sink.close()
     capture = cv2.VideoCapture(os.fspath(path))
     first, second = capture.read()[1], capture.read()[1]
@@ -184,7 +185,7 @@ def test_video_of_a_failed_run_is_kept_beside_the_earlier_one(tmp_path: Path) ->
     path = tmp_path / "seen.mp4"
     path.write_bytes(b"earlier")
     sink = VideoSink(path, 10)
-    sink.write(frame(0), FOUND, np.full((48, 64, 3), 200, np.uint8))
+    sink.write(Seen(frame(0), FOUND, CLASSES, np.full((48, 64, 3), 200, np.uint8)))
     part = sink.close(complete=False)
     assert path.read_bytes() == b"earlier"
     assert part is not None
@@ -197,10 +198,10 @@ def test_video_stops_before_the_disk_is_full(
     usage = namedtuple("usage", "total used free")
     sink = VideoSink(tmp_path / "seen.mp4", 10)
     picture = np.full((48, 64, 3), 200, np.uint8)
-    sink.write(frame(0), FOUND, picture)
+    sink.write(Seen(frame(0), FOUND, CLASSES, picture))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
     with pytest.raises(OutputError, match="0 MB free"):
-        sink.write(frame(90), FOUND, picture)
+        sink.write(Seen(frame(90), FOUND, CLASSES, picture))
     assert not (tmp_path / "seen.mp4").exists()
 
 
@@ -213,9 +214,9 @@ def test_unknown_container_is_an_output_error(tmp_path: Path) -> None:
 def test_discard_leaves_an_earlier_result(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.mp4"):
         (tmp_path / name).write_text("earlier")
-    sinks = [JsonlSink(tmp_path / "a.jsonl", CLASSES), VideoSink(tmp_path / "a.mp4", 30)]
+    sinks = [JsonlSink(tmp_path / "a.jsonl"), VideoSink(tmp_path / "a.mp4", 30)]
     for sink in sinks:
-        sink.write(frame(0), FOUND, np.zeros((48, 64, 3), np.uint8))
+        sink.write(Seen(frame(0), FOUND, CLASSES, np.zeros((48, 64, 3), np.uint8)))
         sink.discard()
         assert sink.close() is None
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
@@ -228,9 +229,9 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.mp4"
     os.mkfifo(pipe)
     for make in (
-        lambda: JsonlSink(pipe, CLASSES),
+        lambda: JsonlSink(pipe),
         lambda: VideoSink(pipe, 30),
-        lambda: JsonlSink(Path("/dev/no-such-device"), CLASSES),
+        lambda: JsonlSink(Path("/dev/no-such-device")),
         lambda: write_text(pipe, ""),
     ):
         with pytest.raises(OutputError, match="expected the name of a file, found a device"):
@@ -241,12 +242,12 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
-        JsonlSink(tmp_path / ("a" * 300), CLASSES)
+        JsonlSink(tmp_path / ("a" * 300))
 
 
 def test_a_video_is_not_closed_while_it_is_written(tmp_path: Path) -> None:
     sink = VideoSink(tmp_path / "out.mp4", 30)
-    sink.write(frame(0), FOUND, frame(0).image)
+    sink.write(Seen(frame(0), FOUND, CLASSES, frame(0).image))
     inner, writing, overlaps = sink._writer, threading.Event(), []
 
     class Slow:
@@ -261,7 +262,7 @@ def test_a_video_is_not_closed_while_it_is_written(tmp_path: Path) -> None:
 
     sink._writer = Slow()
     last = frame(200)  # many frames to fill, as after a camera was away
-    thread = threading.Thread(target=lambda: sink.write(last, FOUND, last.image))
+    thread = threading.Thread(target=lambda: sink.write(Seen(last, FOUND, CLASSES, last.image)))
     thread.start()
     assert writing.wait(5)
     assert sink.close() == tmp_path / "out.mp4"

@@ -1,0 +1,74 @@
+"""Keeps an eye on the loop's threads: who hangs, who fails again and again."""
+
+from __future__ import annotations
+
+import time
+
+from ..models.errors import EdgeSightError
+
+WARN_S = 20.0
+"""So long a thread may be busy with one frame before the screen says so."""
+FATAL_S = 120.0
+"""A network that hangs for so long does not come back: the run ends, for a service to restart."""
+FAILURES_MAX = 30
+"""Frames in a row that may fail before the run ends."""
+MENDS_ITSELF = ("capture", "encoding")
+"""Threads whose hanging ends nothing: a source looks after itself, a picture is not the work."""
+
+
+class Watchdog:
+    """Knows since when each thread has been busy with its frame, and which frames failed."""
+
+    def __init__(self) -> None:
+        """Starts with every thread waiting."""
+        self._since: dict[str, float] = {}
+        self._in_a_row = 0
+        self.failed = 0
+        """Frames that failed, in all."""
+
+    def begin(self, name: str) -> None:
+        """A thread begins with a frame."""
+        self._since[name] = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """A thread waits for the next frame."""
+        self._since.pop(name, None)
+
+    def warnings(self, quiet: tuple[str, ...] = (), now_s: float | None = None) -> list[str]:
+        """Returns one line for each thread that hangs.
+
+        Args:
+            quiet: Threads of which nothing is to be said.
+            now_s: Monotonic time in seconds.
+
+        Raises:
+            EdgeSightError: The network has been hanging for too long to wait on.
+        """
+        now = time.monotonic() if now_s is None else now_s
+        lines = []
+        for name, since in list(self._since.items()):
+            busy_s = now - since
+            if busy_s >= FATAL_S and name not in MENDS_ITSELF:
+                message = (
+                    f"{name} has been hanging for {busy_s:.0f} s, expected an end within "
+                    f"{FATAL_S:.0f} s; start again, or try another --engine"
+                )
+                raise EdgeSightError(message)
+            if busy_s >= WARN_S and name not in quiet:
+                lines.append(f"{name} has been hanging for {busy_s:.0f} s")
+        return lines
+
+    def frame_done(self) -> None:
+        """A frame went all the way."""
+        self._in_a_row = 0
+
+    def frame_failed(self, error: Exception) -> None:
+        """A frame did not; the run goes on, unless they all fail.
+
+        Raises:
+            Exception: ``error`` itself, if it is one too many in a row.
+        """
+        self.failed += 1
+        self._in_a_row += 1
+        if self._in_a_row >= FAILURES_MAX:
+            raise error
