@@ -18,6 +18,7 @@ import onnxruntime as ort
 from .detections import FloatArray
 from .errors import InputError, ModelFileError
 from .files import is_file
+from .memory import give_back, shared_arena
 from .openvino_net import OpenVinoNet, has_openvino
 
 CPU = "onnxruntime"
@@ -70,12 +71,15 @@ class OrtNet:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        if provider is None and shared_arena():
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if optimized_path is not None:
             options.optimized_model_filepath = os.fspath(optimized_path)
         wanted = [provider] if provider else []
         if provider == PROVIDERS["tensorrt"]:
             wanted.append(PROVIDERS["cuda"])  # runs what TensorRT has no operator for
         self.session = _open_session(path, options, [*wanted, "CPUExecutionProvider"])
+        give_back()
         self._input = self.session.get_inputs()[0].name
         if provider is not None and self.session.get_providers()[0] != provider:
             message = f"expected {provider}, found that it does not start on this machine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class OpenVinoNet:
             import openvino
         except ImportError as error:
             raise MissingExtraError.of(package=PACKAGE, extra="openvino") from error
+        self._lock = threading.Lock()
         settings = {
             "INFERENCE_NUM_THREADS": max(1, threads),
             "INFERENCE_PRECISION_HINT": PRECISION,
@@ -72,10 +74,11 @@ class OpenVinoNet:
             ModelFileError: It does not run.
         """
         try:
-            found: Sequence[Any] = self._request.infer([tensor]).to_tuple()
+            with self._lock:  # a request runs once at a time
+                found: Sequence[Any] = self._request.infer([tensor]).to_tuple()
+                return [np.asarray(one) for one in found]
         except Exception as error:
             raise self._failed(error, expected="a model that runs in OpenVINO") from error
-        return [np.asarray(one) for one in found]
 
     def _failed(self, error: Exception, *, expected: str) -> ModelFileError:
         text = " ".join(str(error).split())[:160]

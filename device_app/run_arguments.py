@@ -1,0 +1,114 @@
+"""The options of ``edgesight run``; all of them can stand in a file, too (``config.py``)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..models.arguments import number_type, whole_number
+from ..models.zoo import MODEL_HELP
+from .camera_options import add_camera_arguments
+from .config import add_config_arguments
+from .door import PORT_DEFAULT
+
+CPU = "onnxruntime"  # of models/engines.py, which loads much
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``run``."""
+    add = parser.add_argument
+    add("--model", default="shipped", metavar="FILE", help=f"{MODEL_HELP} (default: %(default)s)")
+    add(
+        "--source",
+        default="samples",
+        metavar="WHAT",
+        help="'samples', a camera number, picamera or jetson, 'gst:PIPELINE', a video or photo, a "
+        "folder of photos (with COCO boxes in "
+        "instances.json or without), a COCO JSON file, or a stream address rtsp://, http:// "
+        "(default: samples)",
+    )
+    add("--display", choices=("web", "none"), default="web", help="live web page, or nothing")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address that the page listens on; beyond this machine it asks for a token, which the "
+        "link that is printed holds (default: %(default)s)",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the page's token, as the variable EDGESIGHT_TOKEN does (default: a new one for "
+        "each run)",
+    )
+    add(
+        "--port",
+        type=whole_number(0, 65535),
+        help=f"port of the page (default: {PORT_DEFAULT}, or the next free one)",
+    )
+    add("--no-browser", action="store_true", help="do not open the page in a browser")
+    add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
+    add(
+        "--score",
+        type=number_type(float, 0.05, 1.0),
+        default=0.35,
+        help="score from which a box counts: shown, written, judged (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=whole_number(1, 256),
+        help="threads of the network (default: the cores less one, at most 4)",
+    )
+    add(
+        "--engine",
+        default=CPU,
+        metavar="NAME",
+        help="what runs the network: onnxruntime, cuda, tensorrt, openvino, as installed; or auto: "
+        "the fastest that sees the same, measured once and remembered (default: %(default)s)",
+    )
+    add(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="ONNX files that the page lets one change to while it runs; with a token it takes "
+        "uploads, too",
+    )
+    add(
+        "--model-gate",
+        type=number_type(float, 0, 100),
+        default=30.0,
+        metavar="PERCENT",
+        help="agreement with the running model below which another one is refused; 0: never "
+        "(default: %(default)s)",
+    )
+    add(
+        "--reference",
+        metavar="FILE|none",
+        help="model to compare with (default: the source's own boxes where it has some, else the "
+        "shipped float detector)",
+    )
+    add(
+        "--accuracy-budget",
+        type=number_type(float, 0.1, 100.0),
+        default=5.0,
+        metavar="PERCENT",
+        help="share of one core that the reference may take (default: %(default)s)",
+    )
+    add(
+        "--speed",
+        choices=("recorded", "max"),
+        help="files at recorded speed (drops frames that come too fast, as a camera does) or as "
+        "fast as the network can, every frame (default: recorded, with --display none: max)",
+    )
+    add(
+        "--no-track",
+        action="store_true",
+        help="do not follow objects from frame to frame (no ids, and counts of each frame alone)",
+    )
+    add("--loop", action="store_true", help="start files again at their end")
+    add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
+    add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
+    add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
+    add("--json", action="store_true", help="end with one JSON object as the last line")
+    add_camera_arguments(parser)
+    add_config_arguments(parser)

@@ -1,0 +1,91 @@
+"""Runs a model in a process of its own first: a file that crashes the runtime crashes nobody else.
+
+A file from outside may be damaged in ways that no check of its text finds: it may ask for more
+memory than there is, hang, or use an instruction that this processor lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from .errors import ModelFileError
+
+TIME_MAX_S = 120.0
+"""A large model on a small board is loaded in less."""
+MEMORY_MAX = 6 << 30
+"""Of addresses, in bytes; ONNX Runtime reserves more than it uses."""
+NICENESS = 10
+
+
+def trial_run(path: Path, *, head: str | None = None, time_max_s: float = TIME_MAX_S) -> None:
+    """Loads a model and runs it once, elsewhere.
+
+    Args:
+        path: The ONNX file.
+        head: Where its file does not tell.
+        time_max_s: Seconds that this may take.
+
+    Raises:
+        ModelFileError: It cannot be used: what is wrong with it, or how its process ended.
+    """
+    command = [sys.executable, "-m", __name__, os.fspath(path), head or ""]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=time_max_s, env=_environment()
+        )
+    except subprocess.TimeoutExpired:
+        message = f"{path}: expected a model that runs, found one that hangs ({time_max_s:.0f} s)"
+        raise ModelFileError(message) from None
+    except OSError as error:
+        message = f"{path}: expected to try it in a process of its own, found: {error}"
+        raise ModelFileError(message) from error
+    if done.returncode == 0:
+        return
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        raise ModelFileError(json.loads(done.stdout.strip().splitlines()[-1])["error"])
+    how = f"exit code {done.returncode}"
+    if done.returncode < 0:
+        with contextlib.suppress(ValueError):
+            how = signal.Signals(-done.returncode).name
+    message = f"{path}: expected a model that runs, found one that ends its process ({how})"
+    raise ModelFileError(message)
+
+
+def _environment() -> dict[str, str]:
+    """Returns an environment in which the same package is found."""
+    parents = [entry for entry in sys.path if entry]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(parents)}
+
+
+def main(words: list[str]) -> int:
+    """Tries the model that the words name; prints one JSON object with what is wrong."""
+    path, head = words
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # if memory is short, rather this process than the loop's
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MAX, MEMORY_MAX))
+    from .detector import OnnxDetector
+
+    try:
+        OnnxDetector(path, head=head or None)
+    except ModelFileError as error:
+        print(json.dumps({"error": str(error)}))
+        return 2
+    except MemoryError:
+        print(json.dumps({"error": f"{path}: expected a model that fits into memory"}))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
