@@ -10,26 +10,28 @@ import os
 import signal
 import sys
 import threading
-import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from ..models.arguments import number_type, whole_number
 from ..models.errors import EdgeSightError, OutputError
-from ..models.zoo import MODEL_HELP, model_path
-from .camera_options import add_camera_arguments, camera_options
-from .config import add_config_arguments, as_toml, use_config
-from .door import PORT_DEFAULT, announce, has_desktop, open_server, page_token
+from ..models.memory import few_heaps
+from ..models.zoo import model_path
+from .camera_options import camera_options
+from .config import as_toml, use_config
+from .door import page_token
+from .run_arguments import add_arguments as add_arguments
 
 if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
+    from ..models.detector import OnnxDetector
+    from .accuracy import Accuracy
     from .loop import Loop
     from .sinks import Sink
     from .sources import Source
 
 T = TypeVar("T")
 THREADS_MAX = 4
-CPU, AUTO = "onnxruntime", "auto"  # of models/engines.py and engine_choice.py, which load much
+AUTO = "auto"
 SWITCH_INTERVAL_S = 0.0005
 """Python hands its lock on after this; the usual 5 ms would make the network's thread wait."""
 
@@ -39,91 +41,6 @@ DESCRIPTION = (
     "summary; exit code 0."
 )
 EXAMPLE = "edgesight run --source 0"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``run``."""
-    add = parser.add_argument
-    add("--model", default="shipped", metavar="FILE", help=f"{MODEL_HELP} (default: %(default)s)")
-    add(
-        "--source",
-        default="samples",
-        metavar="WHAT",
-        help="'samples', a camera number, picamera or jetson, 'gst:PIPELINE', a video or photo, a "
-        "folder of photos (with COCO boxes in "
-        "instances.json or without), a COCO JSON file, or a stream address rtsp://, http:// "
-        "(default: samples)",
-    )
-    add("--display", choices=("web", "none"), default="web", help="live web page, or nothing")
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address that the page listens on; beyond this machine it asks for a token, which the "
-        "link that is printed holds (default: %(default)s)",
-    )
-    add(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="holds the page's token, as the variable EDGESIGHT_TOKEN does (default: a new one for "
-        "each run)",
-    )
-    add(
-        "--port",
-        type=whole_number(0, 65535),
-        help=f"port of the page (default: {PORT_DEFAULT}, or the next free one)",
-    )
-    add("--no-browser", action="store_true", help="do not open the page in a browser")
-    add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
-    add(
-        "--score",
-        type=number_type(float, 0.05, 1.0),
-        default=0.35,
-        help="score from which a box counts: shown, written, judged (default: %(default)s)",
-    )
-    add(
-        "--threads",
-        type=whole_number(1, 256),
-        help="threads of the network (default: the cores less one, at most 4)",
-    )
-    add(
-        "--engine",
-        default=CPU,
-        metavar="NAME",
-        help="what runs the network: onnxruntime, cuda, tensorrt, openvino, as installed; or auto: "
-        "the fastest that sees the same, measured once and remembered (default: %(default)s)",
-    )
-    add(
-        "--reference",
-        metavar="FILE|none",
-        help="model to compare with (default: the source's own boxes where it has some, else the "
-        "shipped float detector)",
-    )
-    add(
-        "--accuracy-budget",
-        type=number_type(float, 0.1, 100.0),
-        default=5.0,
-        metavar="PERCENT",
-        help="share of one core that the reference may take (default: %(default)s)",
-    )
-    add(
-        "--speed",
-        choices=("recorded", "max"),
-        help="files at recorded speed (drops frames that come too fast, as a camera does) or as "
-        "fast as the network can, every frame (default: recorded, with --display none: max)",
-    )
-    add(
-        "--no-track",
-        action="store_true",
-        help="do not follow objects from frame to frame (no ids, and counts of each frame alone)",
-    )
-    add("--loop", action="store_true", help="start files again at their end")
-    add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
-    add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
-    add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
-    add("--json", action="store_true", help="end with one JSON object as the last line")
-    add_camera_arguments(parser)
-    add_config_arguments(parser)
 
 
 def prepare(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -154,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    few_heaps()
     max_speed = (args.speed or ("max" if args.display == "none" else "recorded")) == "max"
 
     asked = camera_options(args)
@@ -171,33 +89,42 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     engine, threads = chosen_engine(args, say)
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: opening.value.close() if opening.value is not None else None)
-        detector = OnnxDetector(
-            model_path(args.model), head=args.head, threads=threads, engine=engine
-        )
+
+        def open_model(path: Path) -> OnnxDetector:
+            head = args.head if path == own else None
+            return OnnxDetector(path, head=head, threads=threads, engine=engine)
+
+        own = model_path(args.model)
+        detector = open_model(own)
         if detector.engine_note:
             say(f"engine: {detector.engine_note}; {detector.engine} runs it")
         from .accuracy import open_accuracy
         from .live import Controls, LiveView
         from .loop import Loop
+        from .services import Services
+        from .zones import Zones
+
+        zones = Zones(args.zone) if args.zone else None
 
         source = opening.result()
-        live = LiveView(Controls(score_min=args.score))
-        if args.display == "web":
-            server = open_server(live, args.host, args.port, token)
-            stack.callback(server.stop)
-            out = sys.stderr if args.json else sys.stdout
-            here = announce(server.url, args.host, token, say, out)
-            if not args.no_browser and has_desktop():
-                threading.Thread(target=webbrowser.open, args=(here,), daemon=True).start()
-        accuracy = open_accuracy(
-            detector,
-            source.classes,
-            source.name,
-            reference=args.reference,
-            score=args.score,
-            budget_percent=args.accuracy_budget,
-        )
+        live = LiveView(Controls(score_min=args.score, plain=args.plain))
+
+        def judge(judged: OnnxDetector) -> Accuracy:
+            return open_accuracy(
+                judged,
+                source.classes,
+                source.name,
+                reference=args.reference,
+                score=args.score,
+                budget_percent=args.accuracy_budget,
+            )
+
+        accuracy = judge(detector)
         stack.callback(accuracy.close)
+        sinks = open_sinks(args, source)
+        undo = stack.enter_context(contextlib.ExitStack())
+        for sink in sinks:
+            undo.callback(sink.discard)
         loop = Loop(
             source,
             detector,
@@ -205,11 +132,17 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             live=live,
             display=args.display == "web",
             accuracy=accuracy,
-            sinks=open_sinks(args, source),
+            sinks=sinks,
             frames=args.frames,
             track=not (args.no_track or source.still),
             lossless=max_speed and not source.live,
+            zones=zones,
         )
+        services = stack.enter_context(Services(args, loop))
+        if args.display == "web":
+            out = sys.stderr if args.json else sys.stdout
+            services.open_page(token, open_model, judge, say, out)
+        undo.pop_all()  # from here on the loop finishes them
         from .summary import summary, table
 
         try:

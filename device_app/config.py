@@ -19,6 +19,24 @@ BYTES_MAX = 1 << 20
 NOT_IN_FILES = ("help", "config", "print_config")
 
 
+class Repeated(argparse.Action):
+    """An option that may be given several times; a list in a file, which the command line replaces.
+
+    argparse's own ``append`` would add to the file's.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Adds one; the first one takes the place of the default."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if before is self.default else before), values])
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--config`` and ``--print-config``."""
     parser.add_argument(
@@ -52,7 +70,12 @@ def use_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(actions)}"
             message = f"{path}: unknown option {key!r}{hint}"
             raise InputError(message)
-        values[name] = _checked(path, key, value, actions[name])
+        action = actions[name]
+        if isinstance(action, Repeated):
+            items = value if isinstance(value, list) else [value]
+            values[name] = [_checked(path, key, item, action) for item in items]
+        else:
+            values[name] = _checked(path, key, value, action)
     parser.set_defaults(**values)
 
 
@@ -131,6 +154,8 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, tuple):  # of a size
         return json.dumps("x".join(map(str, value)))
     return json.dumps(str(value), ensure_ascii=False)

@@ -11,11 +11,14 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..models.errors import InputError, OutputError
 
 if TYPE_CHECKING:  # imported when the page is opened, so that --help is instant
+    from .live import LiveView
+    from .model_choice import ModelChoice
+    from .recording import Recorder
     from .web.server import Server
 
 PORT_DEFAULT = 8765
@@ -58,23 +61,42 @@ def page_token(host: str, file: Path | None) -> str | None:
     return None if is_loopback(host) else new_token()
 
 
-def open_server(live: Any, host: str, port: int | None, token: str | None = None) -> Server:
+def open_server(
+    live: LiveView,
+    host: str,
+    port: int | None,
+    token: str | None = None,
+    *,
+    models: ModelChoice | None = None,
+    recorder: Recorder | None = None,
+) -> Server:
     """Starts the web page on the port that the user chose, else on the first free one.
+
+    Args:
+        live: Where pictures and figures come from.
+        host: Address to listen on.
+        port: The user's own; None: one that is free.
+        token: What every request has to bring; None: nothing.
+        models: Changes the model; None: nobody can.
+        recorder: Records; None: nobody can.
 
     Raises:
         OutputError: The chosen port is in use, or all that were tried.
     """
     from .web.server import start_server
 
+    def start(at: int) -> Server:
+        return start_server(live, host, at, token=token, models=models, recorder=recorder)
+
     if port is not None:
-        return start_server(live, host, port, token=token)
+        return start(port)
     for candidate in range(PORT_DEFAULT, PORT_DEFAULT + PORTS_TRIED):
         try:
-            return start_server(live, host, candidate, token=token)
+            return start(candidate)
         except OutputError as error:
             if getattr(error.__cause__, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
                 raise  # a host that is not ours will not become so with another port
-    return start_server(live, host, 0, token=token)
+    return start(0)
 
 
 def announce(

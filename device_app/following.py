@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from ..models.detections import Detections
+from .events import Events
 from .frame import Frame
 from .sources import Source
 from .stats import Stats
 from .tracking import Tracker
+from .zones import Change, Zones
 
 
 class Following:
@@ -20,15 +23,26 @@ class Following:
         track: Whether objects are followed from frame to frame.
         source: Says how its frames' times are to be read.
         stats: Where the time it takes goes.
+        events: Where it is told who enters and leaves a zone.
+        zones: Parts of the picture to watch; None: there are none.
 
     Attributes:
         counts: Objects on the newest frame, per class name.
     """
 
-    def __init__(self, score: float, track: bool, source: Source, stats: Stats) -> None:
+    def __init__(
+        self,
+        score: float,
+        track: bool,
+        source: Source,
+        stats: Stats,
+        events: Events,
+        zones: Zones | None = None,
+    ) -> None:
         """Starts with nothing seen."""
         self.counts: dict[str, int] = {}
-        self._score, self._source, self._stats = score, source, stats
+        self.zones = zones
+        self._score, self._source, self._stats, self._events = score, source, stats, events
         self._tracker = Tracker(score) if track else None
         self._classes: tuple[str, ...] = ()
 
@@ -59,8 +73,37 @@ class Following:
             found = self._tracker.update(found, self._time_s(frame))
             numbers = self._tracker.counts()
             self._stats.times["track"].add(time.perf_counter() - began)
+        if self.zones is not None:
+            self._watch(self.zones, found, frame)
         self.counts = {classes[i] if i < len(classes) else str(i): n for i, n in numbers.items()}
         return found
+
+    def end(self) -> None:
+        """Tells that everybody leaves; called once, after the last frame."""
+        if self.zones is not None:
+            self._tell(self.zones.end(), None)
+
+    def _watch(self, zones: Zones, found: Detections, frame: Frame) -> None:
+        """Looks who is in which zone; an object that is not sure yet is in none."""
+        counted = found.above(self._score) if found.track is None else found[found.track > 0]
+        height, width = frame.image.shape[:2]
+        now_s = self._time_s(frame)
+        self._tell(zones.update(counted, self._classes, (width, height), now_s), now_s)
+
+    def _tell(self, changes: Sequence[Change], now_s: float | None) -> None:
+        for change in changes:
+            ago_s = 0.0 if now_s is None else now_s - change.time_s
+            self._events.add(
+                change.kind,
+                change.text,
+                time.time() - ago_s,
+                zone=change.zone,
+                label=change.label,
+                track=change.track,
+                seconds=change.seconds,
+                xyxy=change.xyxy,
+                score=change.score,
+            )
 
     def _time_s(self, frame: Frame) -> float:
         """Returns when a frame was taken; those of a file may come faster than recorded."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..models.detections import Detections
@@ -36,6 +37,7 @@ from .stats import Stats
 from .watchdog import Watchdog
 from .work import Judged, Work
 from .writing import Writing
+from .zones import Zones
 
 REFRESH_S = 0.25
 """Seconds between two updates of the figures."""
@@ -43,8 +45,6 @@ JOIN_S = 0.3
 """So long ``stop`` waits for the threads; a read that hangs in a driver is left behind."""
 PAUSE_S = 0.1
 """So long the capture rests after a read that failed."""
-AGAIN_S = 1.0
-"""So long the encoding rests after it failed."""
 
 
 class Loop:
@@ -62,6 +62,7 @@ class Loop:
         track: Whether objects are followed from frame to frame, so that counts do not flicker.
         lossless: Whether every frame of the source is looked at, whatever time it takes.
         stats: Where times and rates go; new ones by default.
+        zones: Parts of the picture to watch; none by default.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Loop:
         track: bool = False,
         lossless: bool = False,
         stats: Stats | None = None,
+        zones: Zones | None = None,
     ) -> None:
         """Prepares the threads; ``start`` starts them."""
         self.source = source
@@ -90,7 +92,7 @@ class Loop:
         self._score, self._frames, self._lossless = score, frames, lossless
         self._captured: Latest[Work] = Latest(lossless)
         self._ran: Latest[Work] = Latest(lossless=True)
-        self._showing = Showing(self.live, self.stats)
+        self._showing = Showing(self.live, self.stats, zones.draw if zones else None)
         self._writing = Writing(sinks, self._showing, self.live.events, lossless)
         self._watchdog = Watchdog()
         self._warnings: list[str] = []
@@ -98,14 +100,18 @@ class Loop:
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._health = Health()
-        self._following = Following(score, track, source, self.stats)
+        events = self.live.events
+        self._following = Following(score, track, source, self.stats, events, zones)
+        self._source_state = "running"
+        self._more: list[Callable[[Figures], None]] = []
         self._threads = [
             self._thread("capture", self._capture),
             self._thread("inference", self._infer),
             self._thread("results", self._results),
         ]
         if display:
-            self._threads.append(self._thread("encoding", self._encode))
+            showing = partial(self._showing.run, self._stop, self._watchdog)
+            self._threads.append(self._thread("encoding", showing))
 
     @property
     def detector(self) -> OnnxDetector:
@@ -220,9 +226,18 @@ class Loop:
             "classes": list(self.detector.spec.classes),
             "warnings": [*self._warnings, *self._writing.warnings()],
         }
+        if (zones := self._following.zones) is not None:
+            figures["zones"] = zones.counts()
+            figures["warnings"] += zones.warnings(self.detector.spec.classes)
         if stats.latency.n:
             figures["latency_ms"] = stats.latency.recent()
+        for add in self._more:
+            add(figures)
         return figures
+
+    def add_figures(self, add: Callable[[Figures], None]) -> None:
+        """Lets somebody else add to the figures whenever they are made."""
+        self._more.append(add)
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -245,6 +260,10 @@ class Loop:
     def _look_after(self) -> None:
         """Ends the run if that is all that is left, and says who hangs."""
         error = self._judging_error()
+        state = self.source.state
+        if state != self._source_state and not self._done.is_set():
+            self.live.events.add("source", f"{self.source.name}: {state}", state=state)
+            self._source_state = state
         try:
             quiet = ("capture",) if self.source.state != "running" else ()  # that says why itself
             self._warnings = self._watchdog.warnings(quiet)
@@ -335,7 +354,8 @@ class Loop:
             assert work.judged is not None
             self._watchdog.begin("results")
             if work.judged is not seen_by:
-                self._took_over()
+                self.stats.new_detector()  # what the one before took says nothing any more
+                self._health.forget_usual()
                 seen_by = work.judged
             try:
                 self._result(work, work.judged)
@@ -348,17 +368,12 @@ class Loop:
             self.handover.passed(work.judged)
             if self._frames is not None and self.stats.inference.n >= self._frames:
                 break
+        self._following.end()
         self._captured.close(discard=True)
         self._ran.close(discard=True)
         self._showing.slot.close()
         self._done.set()
         self.live.close()
-
-    def _took_over(self) -> None:
-        """Begins anew with what belonged to the detector before."""
-        for stage in ("preprocess", "inference", "postprocess"):
-            self.stats.times[stage].forget_recent()
-        self._health.forget_usual()
 
     def _result(self, work: Work, judged: Judged) -> None:
         assert work.outputs is not None
@@ -382,11 +397,3 @@ class Loop:
         if self.first_result_s is None:
             self.first_result_s = time.monotonic()
         self.stats.inference.tick()
-
-    def _encode(self) -> None:
-        while not self._showing.slot.closed:
-            try:
-                self._showing.run(self._stop, self._watchdog)
-            except Exception as error:  # a picture less is no reason to stop looking
-                self.live.events.add("sink", f"a picture could not be drawn: {error}")
-                self._stop.wait(AGAIN_S)

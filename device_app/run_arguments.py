@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..models.arguments import number_type, whole_number
 from ..models.zoo import MODEL_HELP
 from .camera_options import add_camera_arguments
-from .config import add_config_arguments
+from .config import Repeated, add_config_arguments
 from .door import PORT_DEFAULT
 
 CPU = "onnxruntime"  # of models/engines.py, which loads much
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0, 65535),
         help=f"port of the page (default: {PORT_DEFAULT}, or the next free one)",
     )
+    add("--plain", action="store_true", help="no figures on the picture, as from a plain camera")
     add("--no-browser", action="store_true", help="do not open the page in a browser")
     add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
     add(
@@ -107,8 +109,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--loop", action="store_true", help="start files again at their end")
     add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
+    add(
+        "--zone",
+        type=_zone,
+        action=Repeated,
+        metavar="ZONE",
+        help='part of the picture to watch, as "door: 0.1,0.2 0.5,0.2 0.5,0.9" (name, and points '
+        'x,y in 0..1 of width and height), or "door[person,dog]: ..." for some classes alone; '
+        "may be given several times, in a file as a list of texts",
+    )
+    add(
+        "--events",
+        type=Path,
+        metavar="FILE",
+        help="append what happens, one JSON object a line, to a file in an existing folder; "
+        "rotated at 10 MB, 5 older ones kept",
+    )
+    add(
+        "--recordings",
+        type=Path,
+        metavar="FOLDER",
+        help="where the page's record button puts its files (default: there is no such button)",
+    )
+    add(
+        "--pre-roll",
+        type=number_type(float, 0, 60),
+        default=5.0,
+        metavar="SECONDS",
+        help="a recording begins so long before the button, if somebody looked (default: "
+        "%(default)s)",
+    )
+    add(
+        "--recordings-webm",
+        action="store_true",
+        help="make recordings WebM afterwards, which browsers play (else Matroska with the JPEGs "
+        "as they are, for VLC, mpv and ffmpeg); costs a PC's core about 20 ms a picture",
+    )
+    add(
+        "--mqtt",
+        metavar="URL",
+        help="tell a broker, and Home Assistant there: mqtt://user@host:1883/prefix or mqtts://; "
+        "needs the extra mqtt; the password comes from --mqtt-password-file or the variable "
+        "EDGESIGHT_MQTT_PASSWORD",
+    )
+    add("--mqtt-password-file", type=Path, metavar="FILE", help="holds the broker's password")
+    add(
+        "--mqtt-ca",
+        type=Path,
+        metavar="FILE",
+        help="certificate (PEM) that the broker's is signed with (default: the system's)",
+    )
+    add(
+        "--mqtt-discovery",
+        default="homeassistant",
+        metavar="PREFIX|none",
+        help="where Home Assistant looks for devices (default: %(default)s)",
+    )
+    add("--name", help="of this camera, for people and topics (default: the host's name)")
     add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
     add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
     add("--json", action="store_true", help="end with one JSON object as the last line")
     add_camera_arguments(parser)
     add_config_arguments(parser)
+
+
+def _zone(text: str) -> Any:
+    from .zones import parse_zone  # loads NumPy and OpenCV: not for --help
+
+    return parse_zone(text)

@@ -20,6 +20,8 @@ from .watchdog import Watchdog
 DISPLAY_FPS_MAX = 20.0
 """More pictures per second than this cost CPU and look no better on a web page."""
 JPEG_QUALITY = 80
+AGAIN_S = 1.0
+"""So long it rests after a picture that could not be drawn."""
 
 Shown = tuple[Frame, Detections, tuple[str, ...]]
 """A frame, its boxes, and the names of their classes."""
@@ -67,6 +69,9 @@ class Showing:
             watchdog.begin("encoding")
             try:
                 self._show(*item)
+            except Exception as error:  # a picture less is no reason to stop looking
+                self._live.events.add("sink", f"a picture could not be drawn: {error}")
+                due_s = time.monotonic() + AGAIN_S
             finally:
                 watchdog.end("encoding")
             now = time.monotonic()

@@ -223,7 +223,7 @@ class VideoSink:
         due = frame.sequence - self._first.sequence
         if self._live:
             due = round((frame.captured_s - self._first.captured_s) * self._fps)
-        fitted = _fitted(picture, self._size_wh)
+        shown = fitted(picture, self._size_wh)
         # Not for ever: after a long loss of the camera the video jumps.
         for _ in range(min(due + 1 - self._frames, round(FILL_MAX_S * self._fps))):
             with self._lock:
@@ -231,7 +231,7 @@ class VideoSink:
                     return
                 if self._written % 50 == 0:
                     self._check_space()
-                self._writer.write(fitted)
+                self._writer.write(shown)
                 self._written += 1
         self._frames = max(self._frames, due + 1)
 
@@ -319,7 +319,7 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {reason}; free space or choose another place")
 
 
-def _fitted(picture: Image, size_wh: tuple[int, int]) -> Image:
+def fitted(picture: Image, size_wh: tuple[int, int]) -> Image:
     """Returns the picture in the video's size, its aspect kept, the rest black."""
     width, height = size_wh
     if picture.shape[1::-1] == size_wh:

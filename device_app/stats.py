@@ -159,6 +159,11 @@ class Stats:
         self.inference = Rate()
         self.display = Rate()
 
+    def new_detector(self) -> None:
+        """Begins anew with the latest times of the stages that depend on the detector."""
+        for stage in ("preprocess", "inference", "postprocess"):
+            self.times[stage].forget_recent()
+
     def elapsed_s(self) -> float:
         """Returns seconds since the start."""
         return time.monotonic() - self.started_s

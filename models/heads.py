@@ -155,6 +155,10 @@ def _decode_distribution(
 
 def _best_pairs(score: FloatArray, score_min: float) -> tuple[IntArray, IntArray, FloatArray]:
     """Returns row, column and value of the entries >= ``score_min``; the best if there are many."""
+    hits = np.flatnonzero(score >= score_min)
+    if len(hits) <= CANDIDATES_MAX:  # as always in a live run: nothing is copied
+        row, column = np.divmod(hits, score.shape[1])
+        return row, column, score[row, column]
     flat = score.ravel()
     # Raise the floor as long as enough is left above it: sorting out the best is what costs.
     while 0 < score_min < 1 and np.count_nonzero(flat >= 4 * score_min) >= CANDIDATES_MAX:

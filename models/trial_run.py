@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 from .errors import ModelFileError
@@ -21,40 +23,67 @@ TIME_MAX_S = 120.0
 MEMORY_MAX = 6 << 30
 """Of addresses, in bytes; ONNX Runtime reserves more than it uses."""
 NICENESS = 10
+POLL_S = 0.2
 
 
-def trial_run(path: Path, *, head: str | None = None, time_max_s: float = TIME_MAX_S) -> None:
+def trial_run(
+    path: Path,
+    *,
+    head: str | None = None,
+    time_max_s: float = TIME_MAX_S,
+    stop: threading.Event | None = None,
+) -> None:
     """Loads a model and runs it once, elsewhere.
 
     Args:
         path: The ONNX file.
         head: Where its file does not tell.
         time_max_s: Seconds that this may take.
+        stop: Ends it at once when set.
 
     Raises:
         ModelFileError: It cannot be used: what is wrong with it, or how its process ended.
     """
     command = [sys.executable, "-m", __name__, os.fspath(path), head or ""]
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=time_max_s, env=_environment()
-        )
-    except subprocess.TimeoutExpired:
-        message = f"{path}: expected a model that runs, found one that hangs ({time_max_s:.0f} s)"
-        raise ModelFileError(message) from None
+        # A session of its own: Ctrl-C is not meant for it.
+        child = subprocess.Popen(
+            command, stdin=nowhere, stdout=pipe, stderr=nowhere, text=True,
+            env=_environment(), start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
         message = f"{path}: expected to try it in a process of its own, found: {error}"
         raise ModelFileError(message) from error
-    if done.returncode == 0:
+    with child:
+        try:
+            said = _answer(child, time_max_s, stop)
+        finally:
+            child.kill()
+    if said is None:
+        message = f"{path}: expected a model that runs, found one that hangs ({time_max_s:.0f} s)"
+        raise ModelFileError(message)
+    if child.returncode == 0:
         return
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        raise ModelFileError(json.loads(done.stdout.strip().splitlines()[-1])["error"])
-    how = f"exit code {done.returncode}"
-    if done.returncode < 0:
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        raise ModelFileError(json.loads(said.strip().splitlines()[-1])["error"])
+    how = f"exit code {child.returncode}"
+    if child.returncode < 0:
         with contextlib.suppress(ValueError):
-            how = signal.Signals(-done.returncode).name
+            how = signal.Signals(-child.returncode).name
     message = f"{path}: expected a model that runs, found one that ends its process ({how})"
     raise ModelFileError(message)
+
+
+def _answer(
+    child: subprocess.Popen[str], time_max_s: float, stop: threading.Event | None
+) -> str | None:
+    """Returns what a process said until its end; None if it took too long."""
+    until = time.monotonic() + time_max_s
+    while (left := until - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=min(left, POLL_S))[0]
+    return None
 
 
 def _environment() -> dict[str, str]:

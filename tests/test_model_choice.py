@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,3 +301,24 @@ def test_uploads_are_refused_where_there_are_none(tmp_path: Path, folder: Path) 
     (folder / "first.onnx").hardlink_to(first)
     with pytest.raises(InputError, match="the run's own"):
         ModelStore(first, folder, True).receive("first.onnx", lambda _: None)
+
+
+def test_file_that_kills_its_process_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a processor without an instruction does to the runtime, done to it at its import.
+    broken = tmp_path / "path"
+    (broken / "onnxruntime").mkdir(parents=True)
+    (broken / "onnxruntime" / "__init__.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+    )
+    monkeypatch.syspath_prepend(str(broken))
+    with pytest.raises(ModelFileError, match=r"found one that ends its process \(SIGILL\)"):
+        trial_run(kit.build_tiny(tmp_path / "good.onnx"))
+
+
+def test_end_of_the_run_does_not_wait_for_a_trial(tmp_path: Path) -> None:
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(ModelFileError, match="hangs"):
+        trial_run(endless(tmp_path / "endless.onnx"), time_max_s=GUARD_S * 10, stop=stop)

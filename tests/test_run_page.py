@@ -47,7 +47,9 @@ def test_default_port_moves_on_and_a_chosen_one_does_not(
     import socket
     import types
 
-    def start_server(live: Any, host: str, port: int, *, token: str | None) -> FakeServer:
+    def start_server(
+        live: Any, host: str, port: int, *, token: str | None, models: Any, recorder: Any
+    ) -> FakeServer:
         if port in (8765, 8766):
             message = f"{host}:{port}: expected a free port, found it in use; choose another"
             raise OutputError(message) from OSError(errno.EADDRINUSE, "in use")

@@ -275,7 +275,8 @@ def test_figures_and_snapshot(server: Server) -> None:
 
 def test_controls_change_what_the_loop_reads(server: Server, live: LiveView) -> None:
     status, _, body = ask(server, "POST", "/api/controls", {"boxes": False, "score_min": 0.6})
-    assert (status, json.loads(body)) == (200, {"boxes": False, "score_min": 0.6})
+    told = {"boxes": False, "score_min": 0.6, "classes": None, "plain": False}
+    assert (status, json.loads(body)) == (200, told)
     assert (live.controls.boxes, live.controls.score_min) == (False, 0.6)
 
 
@@ -332,6 +333,16 @@ def test_a_strange_address_is_not_called_a_port_in_use(live: LiveView) -> None:
 def test_port_in_use_is_one_clear_error(server: Server, live: LiveView) -> None:
     with pytest.raises(OutputError, match="choose another with --port"):
         start_server(live, "127.0.0.1", port_of(server))
+
+
+def test_a_server_that_ends_by_itself_is_noticed(live: LiveView) -> None:
+    server = start_server(live, "127.0.0.1", 0)
+    assert server.alive
+    server._server.should_exit = True
+    wait_for(lambda: not server.alive, "nobody noticed")
+    stopped = start_server(live, "127.0.0.1", 0)
+    stopped.stop()
+    assert stopped.alive, "that was no failure"
 
 
 def test_stop_ends_open_streams(live: LiveView) -> None:

@@ -95,6 +95,31 @@ def test_what_is_not_known_is_left_out() -> None:
     assert samples(exposition(lost, 0))["edgesight_source_up", frozenset()] == 0
 
 
+def test_parts_that_only_some_runs_have() -> None:
+    recording = {"on": True, "name": "a.mp4", "seconds": 3.0, "pre_roll_s": 5.0, "error": None}
+    whole: Any = {
+        **FIGURES, "zones": {"door": {"cat": 2, "dog": 0}, "desk": {}}, "recording": recording,
+        "mqtt": "retrying: no answer", "warnings": ["one", "two"],
+    }  # fmt: skip
+    found = samples(exposition(whole, 0, events=17))
+
+    def value(name: str, **labels: str) -> float:
+        return found[f"edgesight_{name}", frozenset(labels.items())]
+
+    assert value("zone_objects", zone="door", label="cat") == 2
+    assert value("zone_objects", zone="door", label="dog") == 0
+    assert value("recording") == 1
+    assert value("mqtt_up") == 0
+    assert value("warnings") == 2
+    assert value("events_total") == 17
+    whole |= {"zones": {"door": {}}, "mqtt": "connected", "recording": {**recording, "on": False}}
+    again = samples(exposition(whole, 0))
+    assert again["edgesight_mqtt_up", frozenset()] == 1
+    assert again["edgesight_recording", frozenset()] == 0
+    names = {name for name, _ in samples(exposition(FIGURES, 0))}
+    assert not names & {"edgesight_recording", "edgesight_mqtt_up", "edgesight_zone_objects"}
+
+
 def test_a_run_is_collected_over_http(tmp_path: Path) -> None:
     import runpy
 

@@ -119,7 +119,11 @@ class Guard:
             return answer
         if scope["path"] == "/":
             return HTMLResponse(STRANGER, 401)
-        return refusal(401, "expected the token of the link that edgesight printed, found none")
+        return refusal(
+            401,
+            "expected the token of the link that edgesight printed, found none or an old one; "
+            "open the newest link",
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -129,14 +133,20 @@ class Guard:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         refused: Response | None = None
         if not (self._is_ours(host) or (self.open and self._token)):  # the token says more
-            refused = refusal(403, "expected this machine's own name as host, found another")
+            refused = refusal(
+                403, "expected this machine's own name as host, found another; use it"
+            )
         elif origin is not None and origin.lower() != f"http://{host}":
-            refused = refusal(403, "expected a request from the live page, found another origin")
+            refused = refusal(
+                403, "expected a request from the live page, found another origin; open the page"
+            )
         else:
             try:
                 refused = self._without_token(scope, headers)
             except ValueError:  # an address of thousands of fields
-                refused = refusal(400, "expected an address of this page, found a strange one")
+                refused = refusal(
+                    400, "expected an address of this page, found a strange one; see /api"
+                )
 
         async def secured(message: Any) -> None:
             if message["type"] == "http.response.start":

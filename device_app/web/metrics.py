@@ -32,12 +32,13 @@ class RunCollector(Collector):
     Args:
         figures: As the loop publishes them.
         viewers: Browsers that look.
+        events: What happened in the run so far.
     """
 
-    def __init__(self, figures: Figures, viewers: int) -> None:
+    def __init__(self, figures: Figures, viewers: int, events: int = 0) -> None:
         """Keeps the figures."""
         self._figures: dict[str, Any] = dict(figures)
-        self._viewers = viewers
+        self._viewers, self._events = viewers, events
 
     def collect(self) -> Iterable[Metric]:
         """Yields the metrics; what is not known is left out."""
@@ -54,6 +55,9 @@ class RunCollector(Collector):
             counter = CounterMetricFamily(f"edgesight_{name}", what)
             counter.add_metric([], f.get(key, 0))
             yield counter
+        happened = CounterMetricFamily("edgesight_events", "What happened: /api/events")
+        happened.add_metric([], self._events)
+        yield happened
         rates = ("capture", "inference", "display")
         yield _gauge(
             "frames_per_second",
@@ -82,6 +86,7 @@ class RunCollector(Collector):
             [({"label": k}, n) for k, n in counts.items()],
         )
         yield from self._accuracy()
+        yield from self._parts()
         yield from self._board()
 
     def _accuracy(self) -> Iterable[Metric]:
@@ -97,6 +102,26 @@ class RunCollector(Collector):
             ],
         )
         yield _gauge("accuracy_frames", "Frames behind it", [(labels, found.get("frames", 0))])
+
+    def _parts(self) -> Iterable[Metric]:
+        """Yields what only some runs have."""
+        f = self._figures
+        if "zones" in f:
+            yield _gauge(
+                "zone_objects",
+                "Objects inside a zone",
+                [
+                    ({"zone": zone, "label": label}, n)
+                    for zone, counts in f["zones"].items()
+                    for label, n in counts.items()
+                ],
+            )
+        if "recording" in f:
+            yield _gauge("recording", "Whether it records", [({}, int(f["recording"]["on"]))])
+        if "mqtt" in f:
+            yield _gauge("mqtt_up", "Whether a broker listens", [({}, f["mqtt"] == "connected")])
+        if "warnings" in f:
+            yield _gauge("warnings", "What does not work", [({}, len(f["warnings"]))])
 
     def _board(self) -> Iterable[Metric]:
         board = self._figures.get("board")
@@ -120,8 +145,8 @@ def _gauge(name: str, what: str, rows: list[tuple[dict[str, str], float]]) -> Ga
     return family
 
 
-def exposition(figures: Figures, viewers: int) -> bytes:
+def exposition(figures: Figures, viewers: int, events: int = 0) -> bytes:
     """Returns what ``/metrics`` answers."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(RunCollector(figures, viewers))
+    registry.register(RunCollector(figures, viewers, events))
     return generate_latest(registry)

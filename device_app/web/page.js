@@ -1,179 +1,116 @@
-"use strict";
-const $ = (id) => document.getElementById(id);
-const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
-const number = (v, digits = 1) => (typeof v === "number" && isFinite(v) ? v.toFixed(digits) : "–");
-const STAGES = ["capture", "preprocess", "inference", "postprocess", "track", "draw", "encode"];
+// The live page: asks for the figures twice a second and hands them to the panels.
+import { changes, showClasses, showControls, takeSeen } from "./controls.js";
+import { refreshModels } from "./models.js";
+import { eventsAfter, showAccuracy, showBig, showBoard, showCounts, showStages, showWarnings, showZones, takeEvents } from "./panels.js";
+import { connect, picture } from "./picture.js";
+import { Plot, past, takeRows } from "./plots.js";
+import { refreshRecordings, showRecording } from "./recording.js";
+import { $, Refused, ask, number, put } from "./tools.js";
 
-// The picture: one endless MJPEG answer, taken apart here, so that the page knows when a picture
-// came, shows only the newest, and asks again when they stop.
-const HEAD_MAX = 1024;
-let lastPicture = Date.now(), lastTry = 0, painted = false, watching = null, painting = false, next = null;
-
-function paint(jpeg) {
-  lastPicture = Date.now();
-  if (painting) { next = jpeg; return; }
-  painting = true;
-  createImageBitmap(jpeg).then((bitmap) => {
-    const canvas = $("live");
-    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) { canvas.width = bitmap.width; canvas.height = bitmap.height; }
-    canvas.getContext("2d").drawImage(bitmap, 0, 0);
-    bitmap.close();
-    painted = true;
-  }).catch(() => {}).finally(() => {
-    painting = false;
-    const jpeg = next;
-    next = null;
-    if (jpeg) paint(jpeg);
-  });
-}
-
-function takePictures(bytes) {
-  for (;;) {
-    const head = new TextDecoder("latin1").decode(bytes.subarray(0, HEAD_MAX)), end = head.indexOf("\r\n\r\n");
-    const length = /content-length: *(\d+)/i.exec(head.slice(0, Math.max(0, end)));
-    if (!length) { if (bytes.length > HEAD_MAX) throw new Error("not a stream of pictures"); return bytes; }
-    const from = end + 4, to = from + +length[1];
-    if (bytes.length < to) return bytes;
-    paint(new Blob([bytes.subarray(from, to)], { type: "image/jpeg" }));
-    bytes = bytes.subarray(to);
-  }
-}
-
-async function connect() {
-  if (watching) watching.abort();
-  const mine = (watching = new AbortController());
-  lastTry = Date.now();
-  fetch("/api/controls").then((r) => r.json()).then(showControls).catch(() => {});
-  try {
-    const answer = await fetch("/stream", { cache: "no-store", signal: mine.signal });
-    const reader = answer.body.getReader();
-    let bytes = new Uint8Array(0);
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      const all = new Uint8Array(bytes.length + value.length);
-      all.set(bytes); all.set(value, bytes.length);
-      bytes = takePictures(all);
-    }
-  } catch { /* told below, and by refresh() */ }
-  if (mine === watching && !mine.signal.aborted) setTimeout(() => { if (mine === watching) connect(); }, 1500);
-}
-// A page that nobody sees costs the board nothing.
-document.addEventListener("visibilitychange", () => { if (document.hidden) { if (watching) watching.abort(); } else { lastPicture = Date.now(); connect(); } });
+const plots = [
+  new Plot("plot-fps", { lines: [["inference_fps", "speed", "FPS"]], floor: 0 }),
+  new Plot("plot-ms", { lines: [["inference_ms", "inference", "ms"], ["latency_ms", "latency", "ms"]], floor: 0 }),
+  new Plot("plot-accuracy", { lines: [["accuracy", "accuracy", "%"]], band: ["accuracy_low", "accuracy_high"], span: 10, ceiling: 100 }),
+  new Plot("plot-temperature", { lines: [["temperature_c", "temperature", "°C"]], span: 10 }),
+];
+let rowsDue = 0, letIn = true;
 
 function state(text, kind) { put("state", text); $("state").className = "chip state " + kind; }
 
-function showStages(stages) {
-  const names = STAGES.filter((s) => stages && stages[s]);
-  const top = Math.max(1, ...names.map((s) => stages[s].p99));
-  const box = $("stages");
-  if (box.dataset.names !== names.join()) {
-    box.dataset.names = names.join();
-    box.replaceChildren(...names.map((s) => {
-      const row = document.createElement("div");
-      row.className = "stage-row";
-      row.innerHTML = '<span></span><div class="track"><i class="p99"></i><i class="p50"></i></div><span></span>';
-      row.firstChild.textContent = s;
-      return row;
-    }));
-  }
-  names.forEach((s, k) => {
-    const row = box.children[k], { p50, p99 } = stages[s];
-    row.querySelector(".p50").style.width = (100 * p50) / top + "%";
-    row.querySelector(".p99").style.width = (100 * p99) / top + "%";
-    row.lastChild.textContent = `${number(p50)} · ${number(p99)}`;
-  });
+function show(f) {
+  put("model", f.model || ""); put("source", f.source || "");
+  put("capture-fps", number(f.capture_fps)); put("inference-fps", number(f.inference_fps)); put("display-fps", number(f.display_fps));
+  put("inference-ms", number(((f.stages_ms || {}).inference || {}).p50));
+  put("latency", number((f.latency_ms || {}).p50, 0)); put("latency-p99", number((f.latency_ms || {}).p99, 0));
+  put("frames", String(f.frames ?? 0)); put("dropped", String(f.dropped ?? 0));
+  put("elapsed", f.elapsed_s ? Math.round(f.elapsed_s) + " s" : "");
+  showStages(f.stages_ms); showAccuracy(f.accuracy); showCounts(f.detections); showBoard(f.board, f.mqtt);
+  showZones(f.zones); showWarnings(f.warnings, f.mqtt); showBig(f);
+  takeSeen(Object.keys(f.detections || {}));
+  showClasses(f.classes);
 }
 
-function showAccuracy(a) {
-  a = a || { kind: "none", text: "" };
-  const labels = a.kind === "labels", agreement = a.kind === "agreement";
-  put("accuracy-kind", labels ? "against the source's labels" : agreement ? "agreement with a reference model" : "");
-  const value = labels ? a.ap50 : a.f1;
-  put("accuracy-value", number(value));
-  put("accuracy-unit", labels ? "AP50" : agreement ? "F1 at IoU 0.5" : "");
-  const span = !labels && typeof a.f1_low === "number" && typeof a.f1_high === "number";
-  $("interval").hidden = !span;
-  if (span) {
-    $("interval-span").style.left = a.f1_low + "%";
-    $("interval-span").style.width = Math.max(0, a.f1_high - a.f1_low) + "%";
-    $("interval-dot").style.left = value + "%";
-  }
-  put("accuracy-text", a.text || "");
+function showState(f) {
+  const patience = Math.max(4000, 4000 / (f.inference_fps || 1));
+  const s = f.source_state || "running";
+  if (s === "ended") state("source ended", "bad");
+  else if (s !== "running") { state(s, "bad"); put("veil", "source " + s); }
+  else if (Date.now() - picture.last > patience) {
+    state("no new pictures", "bad");
+    put("veil", "no new pictures; reconnecting");
+    if (Date.now() - picture.asked > patience) connect();
+  } else if (picture.painted) { state("live", "ok"); put("veil", ""); }
 }
 
-function showBoard(board, latency) {
-  const b = board || {};
-  const facts = [
-    ["latency", latency && `${number(latency.p50, 0)} · ${number(latency.p99, 0)} ms`],
-    ["CPU", typeof b.cpu_percent === "number" && `${number(b.cpu_percent, 0)} %`],
-    ["memory", typeof b.memory_mb === "number" && `${number(b.memory_mb, 0)} MB`],
-    ["temperature", typeof b.temperature_c === "number" && `${number(b.temperature_c, 0)} °C`],
-    ["clock", typeof b.clock_mhz === "number" && `${number(b.clock_mhz, 0)} MHz`],
-  ].filter(([, value]) => value);
-  $("board-card").hidden = !facts.length;
-  $("board").replaceChildren(...facts.map(([name, value]) => {
-    const li = document.createElement("li"), b = document.createElement("b");
-    li.textContent = name;
-    b.textContent = value;
-    li.append(b);
-    return li;
-  }));
-  put("board-says", b.says || "");
-}
-
-function showCounts(counts) {
-  const items = Object.entries(counts || {}).sort((a, b) => b[1] - a[1] || a[0].localeCompare(b[0]));
-  $("counts").replaceChildren(...(items.length ? items : [["nothing above the threshold", 0]]).map(([name, n]) => {
-    const li = document.createElement("li");
-    li.textContent = n ? `${n} × ${name}` : name;
-    if (!n) li.className = "none";
-    return li;
-  }));
+async function refreshRows(run) {
+  if (Date.now() < rowsDue) return;
+  rowsDue = Date.now() + 1000;
+  const found = await ask(`/api/history?after=${run === past.run ? past.latest : 0}`);
+  const now = performance.now() / 1000;
+  takeRows(found, now);
+  takeSeen(Object.keys(found.seen_s), (name) => 1000 * found.seen_s[name]);
+  for (const plot of plots) plot.draw(now);
 }
 
 async function refresh() {
+  let pause = 500;
   try {
-    const f = await (await fetch("/api/figures", { cache: "no-store" })).json();
-    put("model", f.model || ""); put("source", f.source || "");
-    put("capture-fps", number(f.capture_fps)); put("inference-fps", number(f.inference_fps)); put("display-fps", number(f.display_fps));
-    put("frames", String(f.frames ?? 0)); put("dropped", String(f.dropped ?? 0));
-    put("elapsed", f.elapsed_s ? Math.round(f.elapsed_s) + " s" : "");
-    showStages(f.stages_ms); showAccuracy(f.accuracy); showCounts(f.detections); showBoard(f.board, f.latency_ms);
-    const patience = Math.max(4000, 4000 / (f.inference_fps || 1));
-    const s = f.source_state || "running";
-    if (s === "ended") state("source ended", "bad");
-    else if (s !== "running") { state(s, "bad"); put("veil", "source " + s); }
-    else if (Date.now() - lastPicture > patience) {
-      state("no new pictures", "bad");
-      put("veil", "no new pictures; reconnecting");
-      if (Date.now() - lastTry > patience) connect();
-    } else if (painted) { state("live", "ok"); put("veil", ""); }
-  } catch {
-    state("not connected", "bad");
-    put("veil", "edgesight does not answer; trying again");
+    const before = changes.number;
+    if (!document.hidden) {
+      const f = await ask("/api/figures");
+      if (!letIn) { letIn = true; connect(); }
+      show(f);
+      if (before === changes.number) showControls(f.controls);
+      showState(f);
+      if (f.parts.includes("recorder")) showRecording(f.recording);
+      if (f.parts.includes("models")) refreshModels();
+      await refreshRows(f.run);
+      if (f.events !== eventsAfter(f.run)) {
+        const kinds = takeEvents(await ask(`/api/events?after=${eventsAfter(f.run)}`));
+        if (kinds.has("recording") && f.parts.includes("recorder")) refreshRecordings();
+        if (kinds.has("model") && f.parts.includes("models")) refreshModels(true);
+      }
+    }
+  } catch (error) {
+    if (error instanceof Refused && error.status === 401) {
+      letIn = false;
+      pause = 3000;
+      state("new link needed", "bad");
+      put("veil", "edgesight was started anew and asks for its new link: open the link or QR code that it printed");
+    } else {
+      state("not connected", "bad");
+      put("veil", error instanceof Refused ? error.message : "edgesight does not answer; trying again");
+    }
   }
-  setTimeout(refresh, 500);
+  setTimeout(refresh, pause);
 }
 
-let waiting = null;
-async function change(wanted) {
-  try {
-    const answer = await fetch("/api/controls", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(wanted) });
-    showControls(await answer.json());
-  } catch { /* refresh() tells that the connection is lost */ }
-}
-function showControls(c) {
-  if (typeof c.boxes === "boolean") $("boxes").checked = c.boxes;
-  if (typeof c.score_min === "number" && waiting === null) { $("score").value = c.score_min; put("score-value", number(c.score_min, 2)); }
-}
-$("boxes").addEventListener("change", (e) => change({ boxes: e.target.checked }));
-$("score").addEventListener("input", (e) => {
-  const wanted = +e.target.value;
-  put("score-value", number(wanted, 2));
-  clearTimeout(waiting);
-  waiting = setTimeout(() => { waiting = null; change({ score_min: wanted }); }, 80);
+// Light or dark: as the system has it, until the viewer chooses the other one.
+const dark = matchMedia("(prefers-color-scheme: dark)"), root = document.documentElement;
+const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
+const showTheme = () => $("theme").setAttribute("aria-pressed", String(isDark()));
+$("theme").addEventListener("click", () => {
+  const wanted = isDark() ? "light" : "dark", systems = (wanted === "dark") === dark.matches;
+  if (systems) delete root.dataset.theme; else root.dataset.theme = wanted;
+  try { if (systems) localStorage.removeItem("theme"); else localStorage.setItem("theme", wanted); } catch { /* for this visit only */ }
+  showTheme();
 });
+dark.addEventListener("change", showTheme);
+showTheme();
+
+// Full screen with big figures; where a browser has no full screen, the page's own area.
+function television(on) {
+  document.body.classList.toggle("tv", on);
+  for (const id of ["head", "controls", "seen", "tiles", "cards"]) $(id).inert = on;
+  $("tv").setAttribute("aria-pressed", String(on));
+}
+$("tv").addEventListener("click", async () => {
+  const on = !document.body.classList.contains("tv");
+  television(on);
+  try { if (on) await $("picture").requestFullscreen(); else if (document.fullscreenElement) await document.exitFullscreen(); } catch { /* the page's own area */ }
+});
+document.addEventListener("fullscreenchange", () => { if (!document.fullscreenElement) television(false); });
+addEventListener("keydown", (e) => { if (e.key === "Escape" && !document.fullscreenElement) television(false); });
 
 connect();
 refresh();
