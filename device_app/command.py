@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
     from .loop import Loop
     from .sinks import Sink
     from .sources import Source
+    from .window import Window
 
 T = TypeVar("T")
 THREADS_MAX = 4
@@ -75,7 +76,8 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     max_speed = (args.speed or ("max" if args.display == "none" else "recorded")) == "max"
 
     asked = camera_options(args)
-    token = page_token(args.host, args.token_file) if args.display == "web" else None
+    paged, windowed = args.display in ("web", "both"), args.display in ("window", "both")
+    token = page_token(args.host, args.token_file) if paged else None
 
     def open_it() -> Source:
         from .open_source import open_source
@@ -130,7 +132,7 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             detector,
             score=args.score,
             live=live,
-            display=args.display == "web",
+            display=paged or windowed,
             accuracy=accuracy,
             sinks=sinks,
             frames=args.frames,
@@ -139,14 +141,15 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             zones=zones,
         )
         services = stack.enter_context(Services(args, loop))
-        if args.display == "web":
+        window = services.open_window() if windowed else None
+        if paged:
             out = sys.stderr if args.json else sys.stdout
             services.open_page(token, open_model, judge, say, out)
         undo.pop_all()  # from here on the loop finishes them
         from .summary import summary, table
 
         try:
-            interrupted = _until_the_end(loop, source, say)
+            interrupted = _until_the_end(loop, source, say, window)
         except EdgeSightError:  # what was seen until then is worth telling all the same
             if loop.stats.inference.n:
                 say(table(summary(loop, threads=threads, interrupted=False)))
@@ -179,14 +182,16 @@ def chosen_engine(args: argparse.Namespace, say: Callable[[str], None]) -> tuple
     return best.engine, best.threads
 
 
-def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bool:
+def _until_the_end(
+    loop: Loop, source: Source, say: Callable[[str], None], window: Window | None
+) -> bool:
     """Runs the loop; returns whether the user ended it."""
     interrupted = False
     for number in _ending_signals()[1:]:
         _on_signal(number, _interrupt)
     loop.start()
     try:
-        _watch(loop, say)
+        interrupted = _watch(loop, say, window)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -201,11 +206,17 @@ def _until_the_end(loop: Loop, source: Source, say: Callable[[str], None]) -> bo
     return interrupted
 
 
-def _watch(loop: Loop, say: Callable[[str], None]) -> None:
-    """Waits for the end, telling how it goes: a line that renews itself, and what happens."""
+def _watch(loop: Loop, say: Callable[[str], None], window: Window | None) -> bool:
+    """Waits for the end, telling how it goes: a line that renews itself, and what happens.
+
+    Returns:
+        Whether the user ended it in the window.
+    """
     tty = sys.stderr.isatty()
     state = "running"
-    while not loop.wait(1.0):
+    while not loop.wait(1.0 if window is None else 0.0):
+        if window is not None and _serve(window, loop):
+            return True
         figures = loop.live.figures()
         before, state = state, figures["source_state"]
         if state != before:
@@ -219,6 +230,17 @@ def _watch(loop: Loop, say: Callable[[str], None]) -> None:
             print(f"\r\x1b[K{line[:110]}", end="", file=sys.stderr, flush=True)
     if tty:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    return False
+
+
+def _serve(window: Window, loop: Loop) -> bool:
+    """Draws in a window and hears its keys for a second; returns whether the user closed it."""
+    for _ in range(4):
+        if not window.pump(0.25):
+            return True
+        if loop.wait(0.0):  # keeps the figures fresh, too
+            break
+    return False
 
 
 def open_sinks(args: argparse.Namespace, source: Source) -> list[Sink]:

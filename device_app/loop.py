@@ -92,8 +92,8 @@ class Loop:
         self._score, self._frames, self._lossless = score, frames, lossless
         self._captured: Latest[Work] = Latest(lossless)
         self._ran: Latest[Work] = Latest(lossless=True)
-        self._showing = Showing(self.live, self.stats, zones.draw if zones else None)
-        self._writing = Writing(sinks, self._showing, self.live.events, lossless)
+        self.showing = Showing(self.live, self.stats, zones.draw if zones else None)
+        self._writing = Writing(sinks, self.showing, self.live.events, lossless)
         self._watchdog = Watchdog()
         self._warnings: list[str] = []
         self._stop = threading.Event()
@@ -110,7 +110,7 @@ class Loop:
             self._thread("results", self._results),
         ]
         if display:
-            showing = partial(self._showing.run, self._stop, self._watchdog)
+            showing = partial(self.showing.run, self._stop, self._watchdog)
             self._threads.append(self._thread("encoding", showing))
 
     @property
@@ -163,7 +163,7 @@ class Loop:
         self._stop.set()
         self._captured.close(discard=True)
         self._ran.close(discard=True)
-        self._showing.slot.close(discard=True)
+        self.showing.slot.close(discard=True)
         self._done.set()
         self.live.close()
 
@@ -371,7 +371,7 @@ class Loop:
         self._following.end()
         self._captured.close(discard=True)
         self._ran.close(discard=True)
-        self._showing.slot.close()
+        self.showing.slot.close()
         self._done.set()
         self.live.close()
 
@@ -392,7 +392,7 @@ class Loop:
         accuracy.offer(frame, found)
         self._writing.write(frame, counted, classes)
         if viewed:
-            self._showing.slot.put((frame, found, classes))
+            self.showing.slot.put((frame, found, classes))
         self.newest = (frame, counted)
         if self.first_result_s is None:
             self.first_result_s = time.monotonic()

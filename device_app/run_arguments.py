@@ -28,28 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "instances.json or without), a COCO JSON file, or a stream address rtsp://, http:// "
         "(default: samples)",
     )
-    add("--display", choices=("web", "none"), default="web", help="live web page, or nothing")
     add(
-        "--host",
-        default="127.0.0.1",
-        help="address that the page listens on; beyond this machine it asks for a token, which the "
-        "link that is printed holds (default: %(default)s)",
+        "--display",
+        choices=("web", "window", "both", "none"),
+        default="web",
+        help="live web page, a window or screen of this machine (extra window), or nothing "
+        "(default: %(default)s)",
     )
-    add(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="holds the page's token, as the variable EDGESIGHT_TOKEN does (default: a new one for "
-        "each run)",
-    )
-    add(
-        "--port",
-        type=whole_number(0, 65535),
-        help=f"port of the page (default: {PORT_DEFAULT}, or the next free one)",
-    )
-    add("--plain", action="store_true", help="no figures on the picture, as from a plain camera")
-    add("--no-browser", action="store_true", help="do not open the page in a browser")
-    add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
+    add("--fullscreen", action="store_true", help="begin with the whole screen")
     add(
         "--score",
         type=number_type(float, 0.05, 1.0),
@@ -68,6 +54,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the network: onnxruntime, cuda, tensorrt, openvino, as installed; or auto: "
         "the fastest that sees the same, measured once and remembered (default: %(default)s)",
     )
+    add("--frames", type=whole_number(1, 10**12), metavar="N", help="end after N frames")
+    add(
+        "--speed",
+        choices=("recorded", "max"),
+        help="files at recorded speed (drops frames that come too fast, as a camera does) or as "
+        "fast as the network can, every frame (default: recorded, with --display none: max)",
+    )
+    add("--loop", action="store_true", help="start files again at their end")
+    add(
+        "--no-track",
+        action="store_true",
+        help="do not follow objects from frame to frame (no ids, and counts of each frame alone)",
+    )
+    add(
+        "--zone",
+        type=_zone,
+        action=Repeated,
+        metavar="ZONE",
+        help='part of the picture to watch, as "door: 0.1,0.2 0.5,0.2 0.5,0.9" (name, and points '
+        'x,y in 0..1 of width and height), or "door[person,dog]: ..." for some classes alone; '
+        "may be given several times, in a file as a list of texts",
+    )
+    add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
+    add("--json", action="store_true", help="end with one JSON object as the last line")
+    add = parser.add_argument_group("accuracy on the screen").add_argument
+    add(
+        "--reference",
+        metavar="FILE|none",
+        help="model to compare with (default: the source's own boxes where it has some, else the "
+        "shipped float detector)",
+    )
+    add(
+        "--accuracy-budget",
+        type=number_type(float, 0.1, 100.0),
+        default=5.0,
+        metavar="PERCENT",
+        help="share of one core that the reference may take (default: %(default)s)",
+    )
+    add = parser.add_argument_group("the live page").add_argument
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address that the page listens on; beyond this machine it asks for a token, which the "
+        "link that is printed holds (default: %(default)s)",
+    )
+    add(
+        "--port",
+        type=whole_number(0, 65535),
+        help=f"port of the page (default: {PORT_DEFAULT}, or the next free one)",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the page's token, as the variable EDGESIGHT_TOKEN does (default: a new one for "
+        "each run)",
+    )
+    add("--no-browser", action="store_true", help="do not open the page in a browser")
+    add("--plain", action="store_true", help="no figures on the picture, as from a plain camera")
     add(
         "--models",
         type=Path,
@@ -82,48 +127,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PERCENT",
         help="agreement with the running model below which another one is refused; 0: never "
         "(default: %(default)s)",
-    )
-    add(
-        "--reference",
-        metavar="FILE|none",
-        help="model to compare with (default: the source's own boxes where it has some, else the "
-        "shipped float detector)",
-    )
-    add(
-        "--accuracy-budget",
-        type=number_type(float, 0.1, 100.0),
-        default=5.0,
-        metavar="PERCENT",
-        help="share of one core that the reference may take (default: %(default)s)",
-    )
-    add(
-        "--speed",
-        choices=("recorded", "max"),
-        help="files at recorded speed (drops frames that come too fast, as a camera does) or as "
-        "fast as the network can, every frame (default: recorded, with --display none: max)",
-    )
-    add(
-        "--no-track",
-        action="store_true",
-        help="do not follow objects from frame to frame (no ids, and counts of each frame alone)",
-    )
-    add("--loop", action="store_true", help="start files again at their end")
-    add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
-    add(
-        "--zone",
-        type=_zone,
-        action=Repeated,
-        metavar="ZONE",
-        help='part of the picture to watch, as "door: 0.1,0.2 0.5,0.2 0.5,0.9" (name, and points '
-        'x,y in 0..1 of width and height), or "door[person,dog]: ..." for some classes alone; '
-        "may be given several times, in a file as a list of texts",
-    )
-    add(
-        "--events",
-        type=Path,
-        metavar="FILE",
-        help="append what happens, one JSON object a line, to a file in an existing folder; "
-        "rotated at 10 MB, 5 older ones kept",
     )
     add(
         "--recordings",
@@ -145,6 +148,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make recordings WebM afterwards, which browsers play (else Matroska with the JPEGs "
         "as they are, for VLC, mpv and ffmpeg); costs a PC's core about 20 ms a picture",
     )
+    add = parser.add_argument_group("files").add_argument
+    add("--jsonl", type=Path, metavar="FILE", help="write the detections, one JSON object a frame")
+    add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
+    add(
+        "--events",
+        type=Path,
+        metavar="FILE",
+        help="append what happens, one JSON object a line, to a file in an existing folder; "
+        "rotated at 10 MB, 5 older ones kept",
+    )
+    add = parser.add_argument_group("MQTT, with Home Assistant").add_argument
     add(
         "--mqtt",
         metavar="URL",
@@ -166,9 +180,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where Home Assistant looks for devices (default: %(default)s)",
     )
     add("--name", help="of this camera, for people and topics (default: the host's name)")
-    add("--video", type=Path, metavar="FILE", help="write the picture with its boxes (.mp4)")
-    add("--head", metavar="KIND", help="head of a foreign model that its file does not tell")
-    add("--json", action="store_true", help="end with one JSON object as the last line")
     add_camera_arguments(parser)
     add_config_arguments(parser)
 

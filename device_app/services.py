@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # each is loaded only if it is wanted
     from .model_choice import ModelChoice
     from .recording import Recorder
     from .web.server import Server
+    from .window import Window
 
 
 class Services:
@@ -87,6 +88,28 @@ class Services:
         here = announce(server.url, args.host, token, say, out)
         if not args.no_browser and has_desktop():
             threading.Thread(target=webbrowser.open, args=(here,), daemon=True).start()
+
+    def open_window(self) -> Window:
+        """Opens a window of this machine; it belongs to the main thread.
+
+        Raises:
+            MissingExtraError: The extra is not installed.
+            OutputError: There is no screen.
+        """
+        from .window import Window
+
+        name = self._loop.source.name
+        window = Window(self._live, title=f"EdgeSight {name}", fullscreen=self._args.fullscreen)
+        window.open()
+        self._stack.callback(window.close)
+        self._loop.showing.add_screen(window)
+
+        def tell(figures: Figures) -> None:
+            if window.error is not None:
+                figures["warnings"].append(window.error)
+
+        self._loop.add_figures(tell)
+        return window
 
     def _look_after(self, server: Server, figures: Figures) -> None:
         if not server.alive:

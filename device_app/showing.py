@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -16,6 +17,9 @@ from .latest import Latest
 from .live import Controls, LiveView
 from .stats import Stats
 from .watchdog import Watchdog
+
+if TYPE_CHECKING:  # an extra
+    from .window import Window
 
 DISPLAY_FPS_MAX = 20.0
 """More pictures per second than this cost CPU and look no better on a web page."""
@@ -42,6 +46,11 @@ class Showing:
         """Prepares nothing yet."""
         self.slot: Latest[Shown] = Latest()
         self._live, self._stats, self._overlay = live, stats, overlay
+        self._screens: list[Window] = []
+
+    def add_screen(self, screen: Window) -> None:
+        """Shows everything on one more screen, which counts itself as a viewer."""
+        self._screens.append(screen)
 
     def drawn(
         self, image: Image, detections: Detections, classes: tuple[str, ...], controls: Controls
@@ -82,13 +91,18 @@ class Showing:
     def _show(self, frame: Frame, found: Detections, classes: tuple[str, ...]) -> None:
         live, controls = self._live, self._live.controls
         picture = self.drawn(frame.image, found.above(controls.score_min), classes, controls)
-        began = time.perf_counter()
-        ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        self._stats.times["encode"].add(time.perf_counter() - began)
-        if ok:
+        watching = [screen for screen in self._screens if screen.watching]
+        for screen in watching:
+            screen.show(picture, frame.sequence)
+        if live.viewers > len(watching):
+            began = time.perf_counter()
+            ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+            self._stats.times["encode"].add(time.perf_counter() - began)
+            if not ok:
+                return
             live.publish(data.tobytes(), frame.sequence)
-            self._stats.latency.add(time.monotonic() - frame.captured_s)
-            self._stats.display.tick()
+        self._stats.latency.add(time.monotonic() - frame.captured_s)
+        self._stats.display.tick()
 
 
 def chosen(
