@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TextIO, TypeVar
 
 from ..models.errors import EdgeSightError, OutputError
 from ..models.memory import few_heaps
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json else sys.stdout
     with _signals_restored():
         try:
-            return _run(args, lambda text: print(text, file=out, flush=True))
+            return _run(args, lambda text: _say(text, out))
         finally:
             _leave_stuck_threads()
 
@@ -295,6 +295,12 @@ class _InThread(Generic[T]):
             raise self._error
         assert self.value is not None
         return self.value
+
+
+def _say(text: str, out: TextIO) -> None:
+    """Prints for people; where it goes may be a full disk or a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=out, flush=True)
 
 
 def _interrupt(*_: object) -> NoReturn:

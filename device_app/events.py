@@ -20,7 +20,8 @@ class Event:
 
     Attributes:
         kind: ``enter``, ``leave`` (of a zone), ``source`` (lost, back), ``model`` (swapped,
-            refused, rolled back), ``recording`` (begun, ended), ``sink`` (a file failed).
+            refused, rolled back), ``recording`` (begun, ended), ``sink`` (a file failed), ``page``
+            (it fails).
         text: One line for people.
         time: Unix time in seconds.
         data: More of it, JSON-ready; keys depend on the kind.

@@ -32,6 +32,7 @@ BOXES_MIN = 10
 TRIAL_FRAMES = 30
 TRIAL_S = 20.0
 """A trial ends after so long, too: a source may give no frames."""
+CLOSE_S = 1.0
 FRAMES, FRAMES_S = 4, 1.0
 """Pictures of the source that both models look at, and how long they are waited for."""
 
@@ -125,7 +126,13 @@ class ModelChoice:
         self._thread = threading.Thread(
             target=self._change, args=(name, path), name="edgesight-model", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # memory is short
+            self._thread, self._busy, self._phase = None, None, ""
+            self._error = f"{name}: expected to begin to try it, found: {error}; try again later"
+            self._loop.live.events.add("model", f"stays {self._current}: {self._error}", name=name)
+            raise Busy(self._error) from error
 
     def receive(self, name: str) -> Upload:
         """Begins an upload; see ``ModelStore.receive``."""
@@ -141,6 +148,7 @@ class ModelChoice:
     def close(self) -> None:
         """Ends waiting; a model that is being loaded is left to its thread."""
         self._closed.set()
+        self.wait(CLOSE_S)  # a file that is being tried has a process, which must not be left
 
     def _change(self, name: str, path: Path) -> None:
         events = self._loop.live.events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from .sources_opencv import quiet_opencv
 FREE_MIN_BYTES = 4 << 20
 """A video stops when less is free: OpenCV does not say when the disk is full."""
 FILL_MAX_S = 10.0
+LINE_MAX = 1 << 20
+"""Bytes; a frame has a hundred boxes at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,24 +144,36 @@ class JsonlSink:
         try:
             self._file.write(json.dumps(line) + "\n")
         except OSError as error:
-            self.discard()
+            self._fail()
             raise _cannot_write(self._path, error) from error
 
     def close(self, complete: bool = True) -> Path | None:
-        """Gives the file its name."""
+        """Gives the file its name; what a full disk cut short keeps its temporary one."""
         if self._file is None:
-            return None
+            return _left_behind(self._part) if self._part.exists() else None
         try:
             self._file.close()
+            self._file = None
             if not complete:
-                self._file = None
                 return _left_behind(self._part)
             self._part.replace(self._path)
-            self._file = None
             return self._path
         except OSError as error:
-            self.discard()
+            self._fail()
             raise _cannot_write(self._path, error) from error
+
+    def _fail(self) -> None:
+        """Keeps the lines that are whole: they may be of many hours."""
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):  # the same full disk again; what matters has been told
+            if file is not None:
+                file.close()
+        with contextlib.suppress(OSError), self._part.open("r+b") as kept:
+            size = kept.seek(0, os.SEEK_END)
+            start = max(0, size - LINE_MAX)
+            kept.seek(start)
+            end = kept.read().rfind(b"\n")
+            kept.truncate(start + end + 1)
 
     def discard(self) -> None:
         """Removes the growing file."""

@@ -12,6 +12,8 @@ FATAL_S = 120.0
 """A network that hangs for so long does not come back: the run ends, for a service to restart."""
 FAILURES_MAX = 30
 """Frames in a row that may fail before the run ends."""
+FAILED_SHOWN_S = 10.0
+"""So long the screen says that a frame has failed."""
 MENDS_ITSELF = ("capture", "encoding")
 """Threads whose hanging ends nothing: a source looks after itself, a picture is not the work."""
 
@@ -23,6 +25,7 @@ class Watchdog:
         """Starts with every thread waiting."""
         self._since: dict[str, float] = {}
         self._in_a_row = 0
+        self._failed_s, self._failed_why = -FAILED_SHOWN_S, ""
         self.failed = 0
         """Frames that failed, in all."""
 
@@ -46,6 +49,8 @@ class Watchdog:
         """
         now = time.monotonic() if now_s is None else now_s
         lines = []
+        if now - self._failed_s < FAILED_SHOWN_S:
+            lines.append(f"frames fail, {self.failed} so far: {self._failed_why}")
         for name, since in list(self._since.items()):
             busy_s = now - since
             if busy_s >= FATAL_S and name not in MENDS_ITSELF:
@@ -69,6 +74,7 @@ class Watchdog:
             Exception: ``error`` itself, if it is one too many in a row.
         """
         self.failed += 1
+        self._failed_s, self._failed_why = time.monotonic(), str(error) or type(error).__name__
         self._in_a_row += 1
         if self._in_a_row >= FAILURES_MAX:
             raise error

@@ -54,6 +54,19 @@ class BoardFigures(TypedDict):
     """What has, since it was started."""
 
 
+UNKNOWN: BoardFigures = {
+    "cpu_percent": None,
+    "own_cpu_percent": None,
+    "memory_mb": None,
+    "memory_free_mb": None,
+    "temperature_c": None,
+    "clock_mhz": None,
+    "clock_max_mhz": None,
+    "throttled": [],
+    "throttled_before": [],
+}
+
+
 @dataclass
 class Board:
     """Reads the machine's state, at most once a second.
@@ -79,7 +92,11 @@ class Board:
         """
         now = time.monotonic() if now_s is None else now_s
         if self._last is None or now - self._read_s >= FRESH_S:
-            self._read_s, self._last = now, self._fresh(now)
+            try:
+                self._last = self._fresh(now)
+            except OSError:  # no further file can be opened: what a folder lists is not known then
+                self._last = self._last or UNKNOWN.copy()
+            self._read_s = now
         return self._last
 
     def _fresh(self, now: float) -> BoardFigures:

@@ -62,7 +62,7 @@ def test_jsonl_has_one_object_per_frame(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_failed_run_leaves_the_earlier_jsonl_and_keeps_its_own_part(tmp_path: Path) -> None:
+def test_failed_run_keeps_earlier_and_whole_lines_and_keeps_its_own_part(tmp_path: Path) -> None:
     path = tmp_path / "found.jsonl"
     path.write_text("earlier\n")
     sink = JsonlSink(path)
@@ -82,7 +82,7 @@ def test_failed_run_without_a_frame_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a file size limit")
-def test_full_disk_is_one_line_and_leaves_the_earlier_jsonl(tmp_path: Path) -> None:
+def test_full_disk_is_one_line_and_keeps_earlier_and_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "found.jsonl"
     path.write_text("earlier\n")
     program = f"""
@@ -102,6 +102,7 @@ try:
         sink.write(Seen(frame, Detections.empty(), ("person",)))
 except OutputError as error:
     print(error)
+    print(i, sink.close(complete=False))
 else:
     print("no error")
 """
@@ -109,9 +110,16 @@ else:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.startswith(f"cannot write {path}: "), done.stdout + done.stderr
-    assert done.stdout.count("\n") == 1
+    said = done.stdout.splitlines()
+    assert len(said) == 2
     assert path.read_text() == "earlier\n"
-    assert list(tmp_path.iterdir()) == [path]
+    part = tmp_path / "found.jsonl.part"
+    assert sorted(tmp_path.iterdir()) == [path, part]
+    # What was written until then is kept, and every line of it is whole.
+    kept = [json.loads(line)["sequence"] for line in part.read_text().splitlines()]
+    assert kept == list(range(len(kept)))
+    assert 300 < len(kept) <= int(said[1].split()[0])
+    assert said[1].split()[1] == str(part)
 
 
 def test_folder_without_permission_is_an_output_error(tmp_path: Path) -> None:

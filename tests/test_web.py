@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -353,3 +354,14 @@ def test_stop_ends_open_streams(live: LiveView) -> None:
     server.stop()
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port_of(server)), timeout=5)
+
+
+def test_half_a_request_is_not_waited_for_for_ever(live: LiveView) -> None:
+    running = start_server(live, "127.0.0.1", 0, stall_s=0.5)
+    try:
+        with socket.create_connection(("127.0.0.1", port_of(running)), timeout=60) as half:
+            half.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1")
+            with contextlib.suppress(ConnectionResetError):
+                assert half.recv(100) == b""
+    finally:
+        running.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
@@ -39,7 +40,8 @@ class History:
         """Takes a row a second until the run is over or the task is cancelled."""
         due_s = time.monotonic()
         while not self._live.closed:
-            self.sample(time.monotonic())
+            with contextlib.suppress(Exception):  # a row less is better than no more rows
+                self.sample(time.monotonic())
             due_s = max(due_s + INTERVAL_S, time.monotonic())
             await asyncio.sleep(due_s - time.monotonic())
 

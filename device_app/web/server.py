@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import uvicorn
 
@@ -20,6 +21,9 @@ from .stream import Relay
 
 STALL_S = 10.0
 """A viewer that takes nothing for so long is let go, and no longer counted."""
+BACKLOG = 64
+"""Connections that wait; without a free file asyncio tries as many at once, each second."""
+TELL_S = 60.0
 UNSENT_MAX = 65536
 """Bytes that wait in the system for a slow viewer: what waits there is old when it arrives."""
 TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
@@ -99,27 +103,62 @@ def start_server(
     )  # fmt: skip
     config = uvicorn.Config(
         build_app(api, host, real_port, token), log_level="critical", access_log=False,
-        lifespan="off", ws="none", timeout_graceful_shutdown=1,
+        lifespan="off", ws="none", timeout_graceful_shutdown=1, backlog=BACKLOG,
     )  # fmt: skip
     server = uvicorn.Server(config)
 
+    told_s = -TELL_S
+
+    def told(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Tells once in a while what asyncio would print with a traceback for each attempt."""
+        nonlocal told_s
+        if (now := time.monotonic()) >= told_s + TELL_S:
+            told_s = now
+            why = context.get("exception") or context["message"]
+            live.events.add("page", f"the live page cannot do all that is asked: {why}")
+
     async def serve() -> None:
+        asyncio.get_running_loop().set_exception_handler(told)
         relay.start()
-        past = asyncio.ensure_future(history.follow())
+        beside = [
+            asyncio.ensure_future(history.follow()),
+            asyncio.ensure_future(_let_go_of_the_silent(server, stall_s)),
+        ]
         try:
             await server.serve(sockets=[listener])
         finally:
-            past.cancel()
+            for task in beside:
+                task.cancel()
             relay.stop()
 
     # Signals belong to the loop that started us; uvicorn takes them only in the main thread.
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="web", daemon=True)
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except Exception as error:  # told on the screen's other ways: events, MQTT, the terminal
+            live.events.add("page", f"the live page has ended: {error}")
+
+    thread = threading.Thread(target=run, name="web", daemon=True)
     thread.start()
     until = time.monotonic() + 10
     while not server.started and thread.is_alive() and time.monotonic() < until:
         time.sleep(0.005)
     shown = f"[{host}]" if ":" in host else host
     return Server(server, thread, f"http://{shown}:{real_port}/", relay)
+
+
+async def _let_go_of_the_silent(server: uvicorn.Server, patience_s: float) -> None:
+    """Closes connections that have not brought a whole request in time: uvicorn waits for ever."""
+    since: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(patience_s / 4)
+        now = time.monotonic()
+        silent = [c for c in server.server_state.connections if getattr(c, "cycle", 0) is None]
+        since = {connection: since.get(connection, now) for connection in silent}
+        for connection, first_s in since.items():
+            transport = getattr(connection, "transport", None)
+            if transport is not None and now - first_s > patience_s:
+                transport.abort()
 
 
 def _prepare(listener: socket.socket, stall_s: float) -> None:

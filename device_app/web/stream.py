@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -53,7 +54,12 @@ class Relay:
     def _follow(self) -> None:
         sequence = -1
         while not self._stopping:
-            found = self._live.wait_newer(sequence, WAIT_S)
+            try:
+                found = self._live.wait_newer(sequence, WAIT_S)
+            except Exception as error:  # no thread for it would mean no pictures any more
+                self._live.events.add("page", f"pictures were late: {error}")
+                time.sleep(WAIT_S)
+                continue
             if found is not None:
                 sequence = found[1]
                 self._tell(found)
