@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 FAULTS = Path(__file__).parent.parent / "benchmarks" / "faults.py"
-QUICK = ("camera-lost", "hostile-requests", "model-bad", "drawing-raises")
+QUICK = ("camera-lost", "model-bad")
 GUARD_S = 240  # each case waits for several things, on a machine that others use
 
 
@@ -42,10 +42,8 @@ def test_quick_faults_are_survived(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["killed", "stuck"])
-def test_a_run_that_dies_or_hangs_is_no_survivor(tmp_path: Path, name: str) -> None:
-    code, found = rows(tmp_path, name)
+def test_a_run_that_dies_is_no_survivor(tmp_path: Path) -> None:
+    code, found = rows(tmp_path, "killed")
     assert code == 1
-    assert not found[name]["survived"]
-    seen = " ".join(found[name]["problems"])
-    assert ("exit code -9" if name == "killed" else "no frame within") in seen
+    assert not found["killed"]["survived"]
+    assert "exit code -9" in " ".join(found["killed"]["problems"])
