@@ -47,6 +47,7 @@ def looks(soak: Any, minutes: float, **changes: Callable[[int], Any]) -> list[An
             "dropped": 0,
             "fps": 30.0,
             "latency_p99_ms": 90.0,
+            "resting": not recording,
             "pictures_gap_s": 0.1,
         }
         for key, change in changes.items():
@@ -80,6 +81,7 @@ def test_a_good_run_passes(soak: Any, minutes: int) -> None:
         (120, {"rss_mb": lambda i: 1.2 * i / 3600}, "memory, MB/hour"),
         (120, {"files": lambda i: i // 3600}, "open files"),
         (120, {"threads": lambda i: -(i // 3600)}, "open threads"),
+        (2, {"threads": lambda i: i > 50, "resting": lambda i: i % 2 == 0}, "open threads"),
     ],
 )
 def test_what_is_wrong_is_found(
@@ -95,9 +97,18 @@ def test_what_is_wrong_is_found(
         (2, {"frames": lambda i: None if i % 20 == 7 else 5 + 30 * i}),  # no answer now and then
         (2, {"rss_mb": lambda i: 1.0 * (i >= 80)}),  # a buffer made while it warms up
         (2, {"rss_mb": lambda i: 20 * (1 - math.exp(-i / 15))}),  # a warm-up
+        (1.5, {"rss_mb": lambda i: 200 * i / 3600}),  # only told
         (120, {"rss_mb": lambda i: 0.5 * i / 3600}),
         (120, {"rss_mb": lambda i: 20 * (1 - math.exp(-i / 300))}),
         (120, {"files": lambda i: 3 * (i < 60)}),  # while it warms up
+        # Another model, which has a thread less, runs at the end: seen with --swap-every.
+        (
+            2,
+            {
+                "threads": lambda i: -(i > 95),
+                "resting": lambda i: i <= 95 and not 20 <= i % 60 < 30,
+            },
+        ),
     ],
 )
 def test_what_is_right_is_let_pass(soak: Any, minutes: float, changes: dict[str, Any]) -> None:
