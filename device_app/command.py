@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # imported when the command runs, so that --help is instant
 T = TypeVar("T")
 THREADS_MAX = 4
 AUTO = "auto"
+FILES = 8192
 SWITCH_INTERVAL_S = 0.0005
 """Python hands its lock on after this; the usual 5 ms would make the network's thread wait."""
 
@@ -73,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     few_heaps()
+    _allow_many_files()
     max_speed = (args.speed or ("max" if args.display == "none" else "recorded")) == "max"
 
     asked = camera_options(args)
@@ -140,6 +142,7 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             lossless=max_speed and not source.live,
             zones=zones,
         )
+        del detector, accuracy  # the loop's now, which may change them
         services = stack.enter_context(Services(args, loop))
         window = services.open_window() if windowed else None
         if paged:
@@ -300,7 +303,20 @@ class _InThread(Generic[T]):
 def _say(text: str, out: TextIO) -> None:
     """Prints for people; where it goes may be a full disk or a pipe that nobody reads any more."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=out, flush=True)
+        try:
+            print(text, file=out, flush=True)
+        except UnicodeEncodeError:  # a terminal of another alphabet
+            print(text.encode("ascii", "backslashreplace").decode(), file=out, flush=True)
+
+
+def _allow_many_files() -> None:
+    """Viewers are files, too; systems that allow a process 1024 of them allow more if asked."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < FILES:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, hard), hard))
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -35,12 +35,11 @@ class Handover:
 
     Attributes:
         now: The one that takes the next frame.
-        first: The run's own.
     """
 
     def __init__(self, first: Judged) -> None:
         """Begins with the run's own."""
-        self.now = self.first = first
+        self.now = first
         self._trial: Trial | None = None
         self._lock = threading.Lock()
 

@@ -88,13 +88,14 @@ class Loop:
         self.first_result_s: float | None = None
         self.newest: tuple[Frame, Detections] | None = None
         """The last frame that went all the way, and its boxes at or above the score."""
-        self.handover = Handover(Judged(detector, accuracy or NoAccuracy("not judged")))
+        first = Judged(detector, accuracy or NoAccuracy("not judged"), required=True)
+        self.handover = Handover(first)
         self._score, self._frames, self._lossless = score, frames, lossless
         self._captured: Latest[Work] = Latest(lossless)
         self._ran: Latest[Work] = Latest(lossless=True)
         self.showing = Showing(self.live, self.stats, zones.draw if zones else None)
         self._writing = Writing(sinks, self.showing, self.live.events, lossless)
-        self._watchdog = Watchdog()
+        self.watchdog = Watchdog()
         self._warnings: list[str] = []
         self._stop = threading.Event()
         self._done = threading.Event()
@@ -110,7 +111,7 @@ class Loop:
             self._thread("results", self._results),
         ]
         if display:
-            showing = partial(self.showing.run, self._stop, self._watchdog)
+            showing = partial(self.showing.run, self._stop, self.watchdog)
             self._threads.append(self._thread("encoding", showing))
 
     @property
@@ -188,7 +189,7 @@ class Loop:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, until - time.monotonic()))
-        error = self._error or self._judging_error()
+        error = self._error or self.handover.now.error
         unfinished = self._writing.close(complete=error is None)
         error = error or unfinished
         self.live.set_figures(self.figures())
@@ -253,20 +254,16 @@ class Loop:
             self._error = self._error or error
         self.stop()
 
-    def _judging_error(self) -> EdgeSightError | None:
-        """Returns why the reference that the user named is none; one chosen later ends nothing."""
-        return self.accuracy.error if self.handover.now is self.handover.first else None
-
     def _look_after(self) -> None:
         """Ends the run if that is all that is left, and says who hangs."""
-        error = self._judging_error()
+        error = self.handover.now.error
         state = self.source.state
         if state != self._source_state and not self._done.is_set():
             self.live.events.add("source", f"{self.source.name}: {state}", state=state)
             self._source_state = state
         try:
             quiet = ("capture",) if self.source.state != "running" else ()  # that says why itself
-            self._warnings = self._watchdog.warnings(quiet)
+            self._warnings = self.watchdog.warnings(quiet)
         except EdgeSightError as hangs:
             error = error or hangs
         if error is not None:
@@ -276,7 +273,7 @@ class Loop:
         taken = 0
         while not self._stop.is_set():
             began = time.perf_counter()
-            self._watchdog.begin("capture")
+            self.watchdog.begin("capture")
             try:
                 frame = self.source.read()
             except EdgeSightError:
@@ -284,11 +281,11 @@ class Loop:
             except Exception as error:
                 if self._lossless:
                     raise
-                self._watchdog.frame_failed(error)
+                self.watchdog.frame_failed(error)
                 self._stop.wait(PAUSE_S)
                 continue
             finally:
-                self._watchdog.end("capture")
+                self.watchdog.end("capture")
             if frame is None:
                 break
             self.stats.times["capture"].add(
@@ -317,7 +314,7 @@ class Loop:
 
     def _infer(self) -> None:
         while (work := self._captured.get()) is not None:
-            self._watchdog.begin("inference")
+            self.watchdog.begin("inference")
             judged = work.judged or self.handover.now
             try:
                 if work.tensor is None:
@@ -331,7 +328,7 @@ class Loop:
                 self._frame_failed(judged, error)
                 continue
             finally:
-                self._watchdog.end("inference")
+                self.watchdog.end("inference")
             if not self._ran.put(Work(work.frame, judged, None, work.placement, outputs)):
                 break
         self._ran.close()
@@ -346,25 +343,26 @@ class Loop:
             return
         if self._lossless:
             raise error
-        self._watchdog.frame_failed(error)
+        self.watchdog.frame_failed(error)
 
     def _results(self) -> None:
         seen_by = self.handover.now
         while (work := self._ran.get()) is not None and not self._stop.is_set():
             assert work.judged is not None
-            self._watchdog.begin("results")
+            self.watchdog.begin("results")
             if work.judged is not seen_by:
                 self.stats.new_detector()  # what the one before took says nothing any more
                 self._health.forget_usual()
                 seen_by = work.judged
             try:
-                self._result(work, work.judged)
+                found = self._found(work, work.judged)
             except Exception as error:
+                self.watchdog.end("results")
                 self._frame_failed(work.judged, error)
                 continue
-            finally:
-                self._watchdog.end("results")
-            self._watchdog.frame_done()
+            self._result(work.frame, found, work.judged)  # its errors are no fault of the detector
+            self.watchdog.end("results")
+            self.watchdog.frame_done()
             self.handover.passed(work.judged)
             if self._frames is not None and self.stats.inference.n >= self._frames:
                 break
@@ -375,23 +373,26 @@ class Loop:
         self._done.set()
         self.live.close()
 
-    def _result(self, work: Work, judged: Judged) -> None:
+    def _found(self, work: Work, judged: Judged) -> Detections:
+        """Returns the boxes of a frame that went through the network, down to what is needed."""
         assert work.outputs is not None
         assert work.placement is not None
-        frame, detector, accuracy = work.frame, judged.detector, judged.accuracy
-        classes, controls = detector.spec.classes, self.live.controls
-        viewed = self.live.viewers > 0
-        floor = min(self._following.floor, accuracy.score_floor)
-        if viewed:
-            floor = min(floor, controls.score_min)
+        floor = min(self._following.floor, judged.accuracy.score_floor)
+        if self.live.viewers > 0:
+            floor = min(floor, self.live.controls.score_min)
         began = time.perf_counter()
-        found = detector.postprocess(work.outputs, work.placement, max(floor, SCORE_MIN_EVAL))
+        floor = max(floor, SCORE_MIN_EVAL)
+        found = judged.detector.postprocess(work.outputs, work.placement, floor)
         self.stats.times["postprocess"].add(time.perf_counter() - began)
+        return found
+
+    def _result(self, frame: Frame, found: Detections, judged: Judged) -> None:
+        classes = judged.detector.spec.classes
         found = self._following.update(found, frame, classes)
         counted = found.above(self._score)
-        accuracy.offer(frame, found)
+        judged.accuracy.offer(frame, found)
         self._writing.write(frame, counted, classes)
-        if viewed:
+        if self.live.viewers > 0:
             self.showing.slot.put((frame, found, classes))
         self.newest = (frame, counted)
         if self.first_result_s is None:

@@ -32,7 +32,10 @@ BOXES_MIN = 10
 TRIAL_FRAMES = 30
 TRIAL_S = 20.0
 """A trial ends after so long, too: a source may give no frames."""
+HANGS_S = 5.0
 CLOSE_S = 1.0
+GATE_S = 30.0
+"""So long a model may take for all pictures of the comparison."""
 FRAMES, FRAMES_S = 4, 1.0
 """Pictures of the source that both models look at, and how long they are waited for."""
 
@@ -166,6 +169,7 @@ class ModelChoice:
         else:
             events.add("model", text, name=name, before=before)
         finally:
+            self._loop.detector.shrink()  # the other one is gone, its memory is not
             self._busy, self._phase = None, ""
 
     def _changed(self, name: str, path: Path) -> str:
@@ -189,6 +193,9 @@ class ModelChoice:
         while not trial.done.wait(0.05) and time.monotonic() < until:
             if self._closed.is_set():
                 break
+        if not trial.done.is_set() and self._loop.watchdog.busy_s("inference") > HANGS_S:
+            detector.abort()  # which fails its frame, and brings the one before back
+            trial.done.wait(self._trial_s)
         self._loop.handover.settle(trial)
         if trial.error is not None:
             self._current = trial.old.detector.path.name
@@ -228,10 +235,14 @@ class ModelChoice:
         except DatasetError:
             return "it shares no class with the one before: not compared"
         agreement = RunningAgreement()
+        limit = threading.Timer(GATE_S, new.abort)
+        limit.daemon = True
+        limit.start()
         for picture in self._pictures():
             theirs = running(picture, self._score)
             ours = new(picture, self._score)
             agreement.add(shared.detections(ours), shared.reference(theirs))
+        limit.cancel()
         result = agreement.result()
         boxes = 0 if result is None else result.tp + result.fp + result.fn
         if result is None or boxes < BOXES_MIN:

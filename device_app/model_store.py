@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,8 @@ BYTES_MAX = 256 << 20
 FREE_MIN = 64 << 20
 """Bytes of disk that an upload has to leave."""
 LISTED_MAX = 200
+PREFIX, OLD_S = ".upload-", 3600.0
+"""Of folders that hold what comes in; older ones are of a run that was killed."""
 
 
 class ModelStore:
@@ -44,6 +47,8 @@ class ModelStore:
             message = f"--models: expected a folder with ONNX files, found none at {folder}"
             raise InputError(message)
         self.uploads = uploads and folder is not None
+        if self.uploads and folder is not None:
+            _clear(folder)
         self._first, self._folder = first, folder
 
     def files(self) -> dict[str, Path]:
@@ -52,8 +57,9 @@ class ModelStore:
         if self._folder is None:
             return found
         with contextlib.suppress(OSError):
-            for path in sorted(self._folder.iterdir())[:LISTED_MAX]:
-                if NAME.fullmatch(path.name) and is_file(path) and not path.is_symlink():
+            named = [p for p in sorted(self._folder.iterdir()) if NAME.fullmatch(p.name)]
+            for path in named[:LISTED_MAX]:
+                if is_file(path) and not path.is_symlink():
                     found.setdefault(path.name, path)
         return found
 
@@ -80,7 +86,7 @@ class ModelStore:
         if target.is_symlink() or (target.exists() and not target.is_file()):
             message = f"expected a free name, found that {name} is taken; rename the file"
             raise InputError(message)
-        if _same(target, self._first):
+        if name == self._first.name:
             message = f"expected another name than the run's own model's, {name}; rename the file"
             raise InputError(message)
         return Upload(target, check)
@@ -101,7 +107,7 @@ class Upload:
         """Begins a file in a folder of its own, beside which no other file is within reach."""
         self._target, self._check, self._bytes = target, check, 0
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=".upload-", dir=target.parent))
+            self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target.parent))
             self._path = self._folder / target.name
             self._file: BinaryIO = self._path.open("wb")
         except OSError as error:
@@ -166,10 +172,16 @@ class Upload:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _same(a: Path, b: Path) -> bool:
+def _clear(folder: Path) -> None:
+    """Removes what a run that was killed left of an upload."""
     with contextlib.suppress(OSError):
-        return a.samefile(b)
-    return False
+        for left in folder.glob(f"{PREFIX}*"):
+            if (
+                left.is_dir()
+                and not left.is_symlink()
+                and time.time() - left.stat().st_mtime > OLD_S
+            ):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _cannot_keep(target: Path, error: OSError) -> OutputError:

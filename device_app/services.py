@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from ..models.errors import InputError
 from .door import announce, has_desktop, open_server
 from .live import Figures
 
@@ -45,6 +46,7 @@ class Services:
             OutputError: A file cannot be written.
         """
         try:
+            self._check()
             self._open_event_log()
             self._open_mqtt()
         except BaseException:
@@ -110,6 +112,22 @@ class Services:
 
         self._loop.add_figures(tell)
         return window
+
+    def _check(self) -> None:
+        """Refuses what could only fail later, or would have no effect."""
+        args = self._args
+        for option in ("mqtt_password_file", "mqtt_ca"):
+            if args.mqtt is None and getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                message = f"--{name}: expected --mqtt URL beside it, found none; name the broker"
+                raise InputError(message)
+        folder = args.recordings
+        if folder is not None and folder.exists() and not folder.is_dir():
+            message = f"--recordings: expected a folder, found a file {folder}; name another"
+            raise InputError(message)
+        if args.models is not None and not args.models.is_dir():
+            message = f"--models: expected a folder with ONNX files, found none at {args.models}"
+            raise InputError(message)
 
     def _look_after(self, server: Server, figures: Figures) -> None:
         if not server.alive:

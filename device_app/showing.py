@@ -47,6 +47,7 @@ class Showing:
         self.slot: Latest[Shown] = Latest()
         self._live, self._stats, self._overlay = live, stats, overlay
         self._screens: list[Window] = []
+        self._told = ""
 
     def add_screen(self, screen: Window) -> None:
         """Shows everything on one more screen, which counts itself as a viewer."""
@@ -79,7 +80,10 @@ class Showing:
             try:
                 self._show(*item)
             except Exception as error:  # a picture less is no reason to stop looking
-                self._live.events.add("sink", f"a picture could not be drawn: {error}")
+                text = f"a picture could not be drawn: {error}"
+                if text != self._told:
+                    self._told = text
+                    self._live.events.add("sink", text)
                 due_s = time.monotonic() + AGAIN_S
             finally:
                 watchdog.end("encoding")

@@ -12,6 +12,8 @@ FATAL_S = 120.0
 """A network that hangs for so long does not come back: the run ends, for a service to restart."""
 FAILURES_MAX = 30
 """Frames in a row that may fail before the run ends."""
+AWAY_S = 5.0
+"""We are asked several times a second; a longer pause is no thread's fault."""
 FAILED_SHOWN_S = 10.0
 """So long the screen says that a frame has failed."""
 MENDS_ITSELF = ("capture", "encoding")
@@ -24,6 +26,7 @@ class Watchdog:
     def __init__(self) -> None:
         """Starts with every thread waiting."""
         self._since: dict[str, float] = {}
+        self._looked_s = time.monotonic()
         self._in_a_row = 0
         self._failed_s, self._failed_why = -FAILED_SHOWN_S, ""
         self.failed = 0
@@ -37,6 +40,11 @@ class Watchdog:
         """A thread waits for the next frame."""
         self._since.pop(name, None)
 
+    def busy_s(self, name: str) -> float:
+        """Returns how long a thread has been busy with its frame."""
+        since = self._since.get(name)
+        return 0.0 if since is None else time.monotonic() - since
+
     def warnings(self, quiet: tuple[str, ...] = (), now_s: float | None = None) -> list[str]:
         """Returns one line for each thread that hangs.
 
@@ -48,6 +56,11 @@ class Watchdog:
             EdgeSightError: The network has been hanging for too long to wait on.
         """
         now = time.monotonic() if now_s is None else now_s
+        away_s = now - self._looked_s
+        self._looked_s = now
+        if away_s > AWAY_S:  # the whole process was stopped, or the board asleep: nobody hung
+            for name, since in list(self._since.items()):
+                self._since[name] = since + away_s
         lines = []
         if now - self._failed_s < FAILED_SHOWN_S:
             lines.append(f"frames fail, {self.failed} so far: {self._failed_why}")
@@ -71,10 +84,14 @@ class Watchdog:
         """A frame did not; the run goes on, unless they all fail.
 
         Raises:
-            Exception: ``error`` itself, if it is one too many in a row.
+            EdgeSightError: It is one too many in a row.
         """
         self.failed += 1
         self._failed_s, self._failed_why = time.monotonic(), str(error) or type(error).__name__
         self._in_a_row += 1
         if self._in_a_row >= FAILURES_MAX:
-            raise error
+            message = (
+                f"expected frames that can be read and run, found {FAILURES_MAX} in a row that "
+                f"fail: {self._failed_why}; check the source, or try another --engine"
+            )
+            raise EdgeSightError(message) from error

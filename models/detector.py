@@ -130,6 +130,16 @@ class OnnxDetector:
             placement = placement.seen_from(seen_from_wh)
         return self.postprocess(self.infer(tensor), placement, score_min, limit)
 
+    def abort(self) -> None:
+        """Ends an inference that hangs, with an error, where the engine can do that."""
+        if isinstance(self._net, OrtNet):
+            self._net.abort()
+
+    def shrink(self) -> None:
+        """Gives back memory that larger models have left behind, where the engine can do that."""
+        if isinstance(self._net, OrtNet):
+            self._net.shrink(self.preprocess(np.zeros((*self.spec.input_hw, 3), np.uint8))[0])
+
     def _move_to(
         self, engine: str, threads: int, tensor: npt.NDArray[Any], raw: list[FloatArray]
     ) -> None:

@@ -81,6 +81,7 @@ class OrtNet:
         self.session = _open_session(path, options, [*wanted, "CPUExecutionProvider"])
         give_back()
         self._input = self.session.get_inputs()[0].name
+        self._options = ort.RunOptions()
         if provider is not None and self.session.get_providers()[0] != provider:
             message = f"expected {provider}, found that it does not start on this machine"
             raise InputError(message)
@@ -88,11 +89,25 @@ class OrtNet:
     def infer(self, tensor: npt.NDArray[Any]) -> list[FloatArray]:
         """Runs the network on one prepared picture."""
         try:
-            outputs: list[FloatArray] = self.session.run(None, {self._input: tensor})
+            outputs: list[FloatArray] = self.session.run(None, {self._input: tensor}, self._options)
         except Exception as error:  # a provider may be there, and have no kernels for this GPU
             message = f"{self.path}: expected a model that runs, found: {one_line(error)}"
             raise ModelFileError(message) from error
         return outputs
+
+    def abort(self) -> None:
+        """Ends a run that hangs, with an error; and all later ones."""
+        self._options.terminate = True
+
+    def shrink(self, tensor: npt.NDArray[Any]) -> None:
+        """Gives back what the shared arena keeps of other, larger networks; runs once for that."""
+        options = ort.RunOptions()
+        try:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            self.session.run(None, {self._input: tensor}, options)
+        except Exception:  # an older one, or a provider of its own memory: it stays as it is
+            return
+        give_back()
 
 
 def missing(name: str) -> str | None:

@@ -15,6 +15,14 @@ RESIZES = ("letterbox_topleft", "letterbox_center", "stretch")
 INPUT_FORMATS = ("float_nchw", "uint8_nhwc")
 
 
+CLASSES_MAX, NAME_MAX = 10_000, 200
+
+
+def _is_name(text: object) -> bool:
+    """Whether a text can be shown anywhere: names go to terminals, pages, brokers and files."""
+    return isinstance(text, str) and 0 < len(text) <= NAME_MAX and text.isprintable()
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Everything that pre- and post-processing need to know about one model.
@@ -72,7 +80,7 @@ class ModelSpec:
         sizes_ok = len(self.input_hw) == 2 and all(
             isinstance(v, int) and 1 <= v <= 8192 for v in sizes
         )
-        names_ok = bool(self.classes) and all(isinstance(c, str) for c in self.classes)
+        names_ok = 0 < len(self.classes) <= CLASSES_MAX and all(map(_is_name, self.classes))
         checks: tuple[tuple[bool, str, object], ...] = (
             (isinstance(self.head, str), "head", "a name"),
             (self.version == SPEC_VERSION, "version", SPEC_VERSION),
@@ -80,7 +88,8 @@ class ModelSpec:
             (self.resize in RESIZES, "resize", RESIZES),
             (self.input_format in INPUT_FORMATS, "input_format", INPUT_FORMATS),
             (sizes_ok, "input_hw", "height and width (and strides) of 1..8192 px"),
-            (names_ok, "classes", "at least one name"),
+            (names_ok, "classes", f"1 to {CLASSES_MAX} names of printable characters"),
+            (self.name == "" or _is_name(self.name), "name", "printable characters"),
             (len(self.mean) == 3, "mean", "3 numbers"),
             (len(self.std) == 3 and min(self.std) > 0, "std", "3 numbers > 0"),
             (0 <= self.pad_value <= 255, "pad_value", "0..255"),
@@ -89,7 +98,7 @@ class ModelSpec:
         )
         for ok, key, expected in checks:
             if not ok:
-                message = f"{key}: expected {expected}, found {getattr(self, key)!r}"
+                message = f"{key}: expected {expected}, found {getattr(self, key)!a:.80}"
                 raise ValueError(message)
 
     def with_changes(self, **changes: Any) -> ModelSpec:

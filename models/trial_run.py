@@ -44,13 +44,13 @@ def trial_run(
     Raises:
         ModelFileError: It cannot be used: what is wrong with it, or how its process ended.
     """
-    command = [sys.executable, "-m", __name__, os.fspath(path), head or ""]
+    command = [sys.executable, "-m", __name__, str(Path(path).absolute()), head or ""]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
         # A session of its own: Ctrl-C is not meant for it.
         child = subprocess.Popen(
             command, stdin=nowhere, stdout=pipe, stderr=nowhere, text=True,
-            env=_environment(), start_new_session=True,
+            env=_environment(), start_new_session=True, cwd=os.sep,
         )  # fmt: skip
     except OSError as error:
         message = f"{path}: expected to try it in a process of its own, found: {error}"
@@ -66,7 +66,8 @@ def trial_run(
     if child.returncode == 0:
         return
     with contextlib.suppress(ValueError, LookupError, TypeError):
-        raise ModelFileError(json.loads(said.strip().splitlines()[-1])["error"])
+        text = json.loads(said.strip().splitlines()[-1])["error"]
+        raise ModelFileError(text.replace(str(Path(path).absolute()), os.fspath(path)))
     how = f"exit code {child.returncode}"
     if child.returncode < 0:
         with contextlib.suppress(ValueError):
@@ -88,7 +89,7 @@ def _answer(
 
 def _environment() -> dict[str, str]:
     """Returns an environment in which the same package is found."""
-    parents = [entry for entry in sys.path if entry]
+    parents = [str(Path(entry).absolute()) for entry in sys.path if entry]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(parents)}
 
 
@@ -103,10 +104,20 @@ def main(words: list[str]) -> int:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MAX, MEMORY_MAX))
+        signal.alarm(round(TIME_MAX_S) + 10)  # if nobody is left to end it
+    import numpy as np
+
     from .detector import OnnxDetector
 
     try:
-        OnnxDetector(path, head=head or None)
+        if _names_other_files(Path(path)):
+            message = f"{path}: expected a model in one file, found weights in others; export it so"
+            raise ModelFileError(message)
+        detector = OnnxDetector(path, head=head or None)
+        size = (*detector.spec.input_hw, 3)
+        random = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+        for picture in (random, np.full(size, 255, np.uint8)):  # not black alone
+            detector(picture)
     except ModelFileError as error:
         print(json.dumps({"error": str(error)}))
         return 2
@@ -114,6 +125,23 @@ def main(words: list[str]) -> int:
         print(json.dumps({"error": f"{path}: expected a model that fits into memory"}))
         return 2
     return 0
+
+
+def _names_other_files(path: Path) -> bool:
+    from .external_data import has_external_data
+
+    try:
+        data = path.read_bytes()
+        return has_external_data(data)
+    except ValueError as error:
+        message = (
+            f"{path}: expected an ONNX model, found {len(data)} bytes that are none ({error}); "
+            "copy or export it again"
+        )
+        raise ModelFileError(message) from error
+    except OSError as error:
+        message = f"{path}: expected an ONNX model, found none ({error.strerror})"
+        raise ModelFileError(message) from error
 
 
 if __name__ == "__main__":

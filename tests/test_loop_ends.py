@@ -17,7 +17,7 @@ from edgesight.device_app.live import LiveView
 from edgesight.device_app.loop import Loop
 from edgesight.device_app.sinks import MemorySink, Seen
 from edgesight.device_app.sources import BaseSource, ListSource, Picture, ReopeningSource, Source
-from edgesight.models.errors import ModelFileError, OutputError, SourceError
+from edgesight.models.errors import EdgeSightError, ModelFileError, OutputError, SourceError
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
 loops: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loop_kit.py"))))
@@ -53,7 +53,7 @@ def test_network_that_fails_for_good_ends_the_run_with_its_error(detector: Any) 
     loop = Loop(camera, detector, sinks=[sink])
     loop.start()
     assert loop.wait(GUARD_S)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(EdgeSightError, match="30 in a row that fail: out of memory"):
         loop.finish()
     assert sink.closed
     assert len(sink.items) == 4

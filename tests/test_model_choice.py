@@ -22,6 +22,7 @@ from edgesight.device_app.sources import ListSource
 from edgesight.models.dataset import load_image
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import InputError, ModelFileError
+from edgesight.models.external_data import has_external_data
 from edgesight.models.trial_run import trial_run
 from edgesight.models.zoo import model_path
 from onnx import TensorProto, helper
@@ -118,8 +119,8 @@ def test_another_architecture_and_size_takes_over(tmp_path: Path, folder: Path) 
         run.end()
 
 
-def endless(path: Path) -> Path:
-    """Writes a detector that does not come to an end."""
+def endless(path: Path, on_grey_alone: bool = False) -> Path:
+    """Writes a detector that does not come to an end, or not with a picture of one middle grey."""
     model = onnx.load(kit.build_tiny(path))
     names = ("i", "go_on", "state")
     inner = helper.make_graph(
@@ -143,8 +144,20 @@ def endless(path: Path) -> Path:
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
     mean = model.graph.node[0]
     mean.output[0] = "mean_before"
-    loop = helper.make_node("Loop", ["turns", "yes", "mean_before"], ["mean_0"], body=inner)
-    model.graph.node.insert(1, loop)
+    loop = helper.make_node("Loop", ["turns", "go", "mean_before"], ["mean_0"], body=inner)
+    limits = {"low": np.float32(0.85), "high": np.float32(0.95)}
+    for name, value in limits.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+    bright = [
+        helper.make_node("Greater", ["mean_before", "low"], ["above"]),
+        helper.make_node("Less", ["mean_before", "high"], ["below"]),
+        helper.make_node("And", ["above", "below"], ["go"]),
+    ]
+    always = [helper.make_node("Identity", ["yes"], ["go"])]
+    nodes = [model.graph.node[0], *(bright if on_grey_alone else always), loop]
+    nodes += list(model.graph.node)[1:]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, os.fspath(path))
     return path
 
@@ -322,3 +335,76 @@ def test_end_of_the_run_does_not_wait_for_a_trial(tmp_path: Path) -> None:
     threading.Timer(0.5, stop.set).start()
     with pytest.raises(ModelFileError, match="hangs"):
         trial_run(endless(tmp_path / "endless.onnx"), time_max_s=GUARD_S * 10, stop=stop)
+
+
+@pytest.mark.parametrize("gate_percent", [0.0, 30.0])
+def test_model_that_hangs_on_what_the_camera_shows_is_ended_and_taken_back(
+    tmp_path: Path, folder: Path, gate_percent: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither black, white nor noise shows it: it hangs on the grey of this camera.
+    endless(folder / "hangs.onnx", on_grey_alone=True)
+    monkeypatch.setattr("edgesight.device_app.model_choice.HANGS_S", 1.0)
+    monkeypatch.setattr("edgesight.device_app.model_choice.GATE_S", 3.0)
+    first = kit.build_tiny(tmp_path / "first.onnx")
+    run = Choosing(folder, first, trial_s=3.0, gate_percent=gate_percent)
+    try:
+        state = run.changes_to("hangs.onnx")
+        assert state["current"] == "first.onnx"
+        assert "hangs.onnx: " in state["error"]
+        assert run.loop.figures()["model"] == "first"
+    finally:
+        run.end()
+
+
+def test_file_that_names_other_files_is_refused(tmp_path: Path) -> None:
+    model = onnx.load(kit.build_tiny(tmp_path / "a.onnx"))
+    onnx.save(model, tmp_path / "b.onnx", save_as_external_data=True, size_threshold=0)
+    with pytest.raises(ModelFileError, match="expected a model in one file"):
+        trial_run(tmp_path / "b.onnx")
+    assert not has_external_data((tmp_path / "a.onnx").read_bytes())
+    # Hidden in the body of a loop, in a constant, and behind a part that older readers skip:
+    hidden = onnx.load(endless(tmp_path / "c.onnx"))
+    tensor = onnx.numpy_helper.from_array(np.zeros(3, np.float32), "w")
+    tensor.data_location = TensorProto.EXTERNAL
+    body = next(n for n in hidden.graph.node if n.op_type == "Loop").attribute[0].g
+    body.node.append(helper.make_node("Constant", [], ["w"], value=tensor))
+    assert has_external_data(hidden.SerializeToString())
+    with pytest.raises(ValueError, match="a part of kind 3"):
+        has_external_data(b"\x0b\x0c" + hidden.SerializeToString())
+
+
+def test_other_model_leaves_no_memory_behind(tmp_path: Path, folder: Path) -> None:
+    # One that needs 300 MB while it runs, beside one that needs nothing.
+    model = onnx.load(kit.build_tiny(folder / "large.onnx"))
+    size = np.array([75_000_000], np.int64)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(size, "size"))
+    large = [
+        helper.make_node("ReduceMax", ["picture"], ["top"], keepdims=0),
+        helper.make_node("Expand", ["top", "size"], ["large"]),
+        helper.make_node("Add", ["large", "large"], ["larger"]),
+        helper.make_node("ReduceMean", ["larger"], ["one"], keepdims=0),
+        helper.make_node("Mul", ["one", "nothing"], ["none"]),
+        helper.make_node("Add", ["mean_before", "none"], ["mean_0"]),
+    ]
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.zeros((), np.float32), "nothing")
+    )
+    model.graph.node[0].output[0] = "mean_before"
+    nodes = [model.graph.node[0], *large, *list(model.graph.node)[1:]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, folder / "large.onnx")
+    run = Choosing(folder, kit.build_tiny(tmp_path / "first.onnx"), trial_s=3.0)
+    try:
+        before = resident_mb()
+        assert run.changes_to("large.onnx")["error"] is None
+        assert resident_mb() > before + 200
+        assert run.changes_to("first.onnx")["error"] is None
+        assert resident_mb() < before + 60
+    finally:
+        run.end()
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -189,7 +189,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         ("--accuracy-budget", "0"),
         ("--accuracy-budget", "nan"),
         ("--speed", "fast"),
-        ("--display", "window"),
+        ("--display", "paper"),
     ],
 )
 def test_option_outside_its_range_is_refused(

@@ -77,3 +77,12 @@ def test_an_unknown_key_means_a_newer_file(tiny_spec: ModelSpec) -> None:
 def test_hostile_specs_are_one_line(text: str) -> None:
     with pytest.raises(ModelFileError, match="model spec"):
         ModelSpec.from_json(text)
+
+
+@pytest.mark.parametrize("bad", ["\ud800", "a\x1b]0;b\x07", "line\nline", "x" * 201, "", 5, None])
+def test_names_that_cannot_be_shown_are_refused(bad: Any) -> None:
+    with pytest.raises(ModelFileError, match="classes: expected 1 to 10000 names"):
+        ModelSpec(head="yolox", input_hw=(32, 32), classes=("person", bad))
+    if bad != "":
+        with pytest.raises(ModelFileError, match="name: expected printable characters"):
+            ModelSpec(head="yolox", input_hw=(32, 32), classes=("person",), name=bad)

@@ -365,3 +365,18 @@ def test_half_a_request_is_not_waited_for_for_ever(live: LiveView) -> None:
                 assert half.recv(100) == b""
     finally:
         running.stop()
+
+
+def test_half_a_second_request_is_not_waited_for_either(live: LiveView) -> None:
+    running = start_server(live, "127.0.0.1", 0, stall_s=0.5)
+    try:
+        with socket.create_connection(("127.0.0.1", port_of(running)), timeout=60) as half:
+            host = b"Host: 127.0.0.1:%d" % port_of(running)
+            half.sendall(b"GET /api/figures HTTP/1.1\r\n" + host + b"\r\n\r\n")
+            assert half.recv(10000).startswith(b"HTTP/1.1 200")
+            half.sendall(b"GET / HTTP/1.1\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                while half.recv(10000):
+                    pass
+    finally:
+        running.stop()

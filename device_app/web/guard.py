@@ -136,7 +136,7 @@ class Guard:
             refused = refusal(
                 403, "expected this machine's own name as host, found another; use it"
             )
-        elif origin is not None and origin.lower() != f"http://{host}":
+        elif origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             refused = refusal(
                 403, "expected a request from the live page, found another origin; open the page"
             )

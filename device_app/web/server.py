@@ -153,12 +153,19 @@ async def _let_go_of_the_silent(server: uvicorn.Server, patience_s: float) -> No
     while True:
         await asyncio.sleep(patience_s / 4)
         now = time.monotonic()
-        silent = [c for c in server.server_state.connections if getattr(c, "cycle", 0) is None]
+        silent = [c for c in server.server_state.connections if _is_silent(c)]
         since = {connection: since.get(connection, now) for connection in silent}
         for connection, first_s in since.items():
             transport = getattr(connection, "transport", None)
             if transport is not None and now - first_s > patience_s:
                 transport.abort()
+
+
+def _is_silent(connection: Any) -> bool:
+    """Whether a connection owes us a request; uvicorn itself ends those that owe us nothing."""
+    cycle = getattr(connection, "cycle", None)
+    begun = getattr(connection, "timeout_keep_alive_task", None) is None
+    return cycle is None or (bool(cycle.response_complete) and begun)
 
 
 def _prepare(listener: socket.socket, stall_s: float) -> None:
