@@ -136,9 +136,9 @@ class OnnxDetector:
             self._net.abort()
 
     def shrink(self) -> None:
-        """Gives back memory that larger models have left behind, where the engine can do that."""
+        """Lets its next inferences give back memory that larger models have left behind."""
         if isinstance(self._net, OrtNet):
-            self._net.shrink(self.preprocess(np.zeros((*self.spec.input_hw, 3), np.uint8))[0])
+            self._net.shrink()
 
     def _move_to(
         self, engine: str, threads: int, tensor: npt.NDArray[Any], raw: list[FloatArray]

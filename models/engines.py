@@ -7,6 +7,7 @@ on the machine it is on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ PROVIDERS: Mapping[str, str] = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 """Engines that are ONNX Runtime on something else than the CPU."""
+SHRINK_RUNS = 3
+"""Another network that is running can keep one from giving back."""
 WEIGHT_ROUNDING = "WeightBiasQuantization"
 """ONNX Runtime's pass that rounds float weights between quantizers, per tensor, unasked: what was
 left in float because it has to be would not be."""
@@ -81,33 +84,37 @@ class OrtNet:
         self.session = _open_session(path, options, [*wanted, "CPUExecutionProvider"])
         give_back()
         self._input = self.session.get_inputs()[0].name
-        self._options = ort.RunOptions()
+        self._options, self._shrink_options = ort.RunOptions(), ort.RunOptions()
+        self._shrinking = 0
+        with contextlib.suppress(Exception):  # older ones do not know it, and keep what they have
+            key = "memory.enable_memory_arena_shrinkage"
+            self._shrink_options.add_run_config_entry(key, "cpu:0")
         if provider is not None and self.session.get_providers()[0] != provider:
             message = f"expected {provider}, found that it does not start on this machine"
             raise InputError(message)
 
     def infer(self, tensor: npt.NDArray[Any]) -> list[FloatArray]:
         """Runs the network on one prepared picture."""
+        options, shrinking = self._options, self._shrinking > 0
+        if shrinking:
+            self._shrinking -= 1
+            options = self._shrink_options
         try:
-            outputs: list[FloatArray] = self.session.run(None, {self._input: tensor}, self._options)
+            outputs: list[FloatArray] = self.session.run(None, {self._input: tensor}, options)
         except Exception as error:  # a provider may be there, and have no kernels for this GPU
             message = f"{self.path}: expected a model that runs, found: {one_line(error)}"
             raise ModelFileError(message) from error
+        if shrinking:
+            give_back()
         return outputs
 
     def abort(self) -> None:
         """Ends a run that hangs, with an error; and all later ones."""
-        self._options.terminate = True
+        self._options.terminate = self._shrink_options.terminate = True
 
-    def shrink(self, tensor: npt.NDArray[Any]) -> None:
-        """Gives back what the shared arena keeps of other, larger networks; runs once for that."""
-        options = ort.RunOptions()
-        try:
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-            self.session.run(None, {self._input: tensor}, options)
-        except Exception:  # an older one, or a provider of its own memory: it stays as it is
-            return
-        give_back()
+    def shrink(self) -> None:
+        """Lets the next runs give back what the shared arena keeps of other, larger networks."""
+        self._shrinking = SHRINK_RUNS
 
 
 def missing(name: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +21,13 @@ from edgesight.device_app.sources import ListSource
 from edgesight.models.dataset import load_image
 from edgesight.models.detector import OnnxDetector
 from edgesight.models.errors import InputError, ModelFileError
-from edgesight.models.external_data import has_external_data
-from edgesight.models.trial_run import trial_run
 from edgesight.models.zoo import model_path
-from onnx import TensorProto, helper
+from onnx import helper
 
 kit: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("app_kit.py"))))
+models: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("models_kit.py"))))
 loops: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loop_kit.py"))))
+endless = models.endless
 until, GUARD_S = loops.until, loops.GUARD_S
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 GREY = [np.full((64, 64, 3), 230, np.uint8)]
@@ -117,58 +116,6 @@ def test_another_architecture_and_size_takes_over(tmp_path: Path, folder: Path) 
         until(lambda: run.loop.figures()["detections"].get("person") == 1)
     finally:
         run.end()
-
-
-def endless(path: Path, on_grey_alone: bool = False) -> Path:
-    """Writes a detector that does not come to an end, or not with a picture of one middle grey."""
-    model = onnx.load(kit.build_tiny(path))
-    names = ("i", "go_on", "state")
-    inner = helper.make_graph(
-        [
-            helper.make_node("Identity", ["go_on"], ["go_on_out"]),
-            helper.make_node("Identity", ["state"], ["state_out"]),
-        ],
-        "again",
-        [
-            helper.make_tensor_value_info(n, t, [])
-            for n, t in zip(
-                names, (TensorProto.INT64, TensorProto.BOOL, TensorProto.FLOAT), strict=True
-            )
-        ],
-        [
-            helper.make_tensor_value_info("go_on_out", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("state_out", TensorProto.FLOAT, []),
-        ],
-    )
-    for name, value in (("turns", np.int64(2**62)), ("yes", np.bool_(True))):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
-    mean = model.graph.node[0]
-    mean.output[0] = "mean_before"
-    loop = helper.make_node("Loop", ["turns", "go", "mean_before"], ["mean_0"], body=inner)
-    limits = {"low": np.float32(0.85), "high": np.float32(0.95)}
-    for name, value in limits.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
-    bright = [
-        helper.make_node("Greater", ["mean_before", "low"], ["above"]),
-        helper.make_node("Less", ["mean_before", "high"], ["below"]),
-        helper.make_node("And", ["above", "below"], ["go"]),
-    ]
-    always = [helper.make_node("Identity", ["yes"], ["go"])]
-    nodes = [model.graph.node[0], *(bright if on_grey_alone else always), loop]
-    nodes += list(model.graph.node)[1:]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    onnx.save(model, os.fspath(path))
-    return path
-
-
-def test_file_that_hangs_or_crashes_does_so_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"found one that hangs \(3 s\)"):
-        trial_run(endless(tmp_path / "endless.onnx"), time_max_s=3)
-    trial_run(kit.build_tiny(tmp_path / "good.onnx"))
-    (tmp_path / "bad.onnx").write_bytes(b"no model")
-    with pytest.raises(ModelFileError, match="expected an ONNX model, found 8 bytes"):
-        trial_run(tmp_path / "bad.onnx")
 
 
 @pytest.mark.parametrize(
@@ -316,27 +263,6 @@ def test_uploads_are_refused_where_there_are_none(tmp_path: Path, folder: Path) 
         ModelStore(first, folder, True).receive("first.onnx", lambda _: None)
 
 
-def test_file_that_kills_its_process_is_told_as_such(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What a processor without an instruction does to the runtime, done to it at its import.
-    broken = tmp_path / "path"
-    (broken / "onnxruntime").mkdir(parents=True)
-    (broken / "onnxruntime" / "__init__.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
-    )
-    monkeypatch.syspath_prepend(str(broken))
-    with pytest.raises(ModelFileError, match=r"found one that ends its process \(SIGILL\)"):
-        trial_run(kit.build_tiny(tmp_path / "good.onnx"))
-
-
-def test_end_of_the_run_does_not_wait_for_a_trial(tmp_path: Path) -> None:
-    stop = threading.Event()
-    threading.Timer(0.5, stop.set).start()
-    with pytest.raises(ModelFileError, match="hangs"):
-        trial_run(endless(tmp_path / "endless.onnx"), time_max_s=GUARD_S * 10, stop=stop)
-
-
 @pytest.mark.parametrize("gate_percent", [0.0, 30.0])
 def test_model_that_hangs_on_what_the_camera_shows_is_ended_and_taken_back(
     tmp_path: Path, folder: Path, gate_percent: float, monkeypatch: pytest.MonkeyPatch
@@ -354,23 +280,6 @@ def test_model_that_hangs_on_what_the_camera_shows_is_ended_and_taken_back(
         assert run.loop.figures()["model"] == "first"
     finally:
         run.end()
-
-
-def test_file_that_names_other_files_is_refused(tmp_path: Path) -> None:
-    model = onnx.load(kit.build_tiny(tmp_path / "a.onnx"))
-    onnx.save(model, tmp_path / "b.onnx", save_as_external_data=True, size_threshold=0)
-    with pytest.raises(ModelFileError, match="expected a model in one file"):
-        trial_run(tmp_path / "b.onnx")
-    assert not has_external_data((tmp_path / "a.onnx").read_bytes())
-    # Hidden in the body of a loop, in a constant, and behind a part that older readers skip:
-    hidden = onnx.load(endless(tmp_path / "c.onnx"))
-    tensor = onnx.numpy_helper.from_array(np.zeros(3, np.float32), "w")
-    tensor.data_location = TensorProto.EXTERNAL
-    body = next(n for n in hidden.graph.node if n.op_type == "Loop").attribute[0].g
-    body.node.append(helper.make_node("Constant", [], ["w"], value=tensor))
-    assert has_external_data(hidden.SerializeToString())
-    with pytest.raises(ValueError, match="a part of kind 3"):
-        has_external_data(b"\x0b\x0c" + hidden.SerializeToString())
 
 
 def test_other_model_leaves_no_memory_behind(tmp_path: Path, folder: Path) -> None:
@@ -398,9 +307,9 @@ def test_other_model_leaves_no_memory_behind(tmp_path: Path, folder: Path) -> No
     try:
         before = resident_mb()
         assert run.changes_to("large.onnx")["error"] is None
-        assert resident_mb() > before + 200
+        until(lambda: resident_mb() > before + 200)
         assert run.changes_to("first.onnx")["error"] is None
-        assert resident_mb() < before + 60
+        until(lambda: resident_mb() < before + 60)
     finally:
         run.end()
 
