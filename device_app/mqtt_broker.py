@@ -147,4 +147,4 @@ def check_paho() -> None:
     if not hasattr(paho, "CallbackAPIVersion"):
         found = "none" if paho is None else "an older one"
         message = f"expected the package paho-mqtt >= 2, found {found}; "
-        raise MissingExtraError(message + "pip install 'edgesight[mqtt]'")
+        raise MissingExtraError(message + "pip install '.[mqtt]'")
