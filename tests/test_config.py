@@ -82,7 +82,7 @@ def test_what_is_printed_is_a_file_that_says_the_same(
         ("threads = 1.5", "threads: expected a number"),
         ("rotate = 45", "rotate: expected one of 0, 90, 180, 270, found 45"),
         ("rotate = 'up'", "rotate: expected a number, found 'up'"),
-        ("display = 'tv'", "display: expected one of web, none, found 'tv'"),
+        ("display = 'tv'", "display: expected one of web, window, both, none, found 'tv'"),
         ("size = [640, 480]", "size: expected a text or a number, found [640, 480]"),
         ("loop = 1", "loop: expected true or false, found 1"),
         ("port = true", "port: expected a text or a number, found True"),

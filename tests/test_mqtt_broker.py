@@ -123,7 +123,7 @@ def test_addresses(tmp_path: Path) -> None:
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import paho.mqtt.client
 
-    way = r"pip install 'edgesight\[mqtt\]'"
+    way = r"pip install '\.\[mqtt\]'"
     with monkeypatch.context() as patch:
         patch.delattr(paho.mqtt.client, "CallbackAPIVersion")
         with pytest.raises(MissingExtraError, match=f"found an older one; {way}"):
