@@ -144,6 +144,8 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         )
         del detector, accuracy  # the loop's now, which may change them
         services = stack.enter_context(Services(args, loop))
+        for text in services.without_effect():
+            say(f"note: {text}")
         window = services.open_window() if windowed else None
         if paged:
             out = sys.stderr if args.json else sys.stdout

@@ -158,7 +158,8 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, tuple):  # of a size
         return json.dumps("x".join(map(str, value)))
-    return json.dumps(str(value), ensure_ascii=False)
+    # TOML wants one more character escaped than JSON does.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _help_line(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

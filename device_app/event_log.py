@@ -59,6 +59,7 @@ class EventLog:
         self._told, self._told_s = False, -TELL_S
         try:
             check_replaceable(path)
+            self._new = not path.exists()
             self._open()
         except (OSError, ValueError) as error:  # of a name that no file can have
             reason = getattr(error, "strerror", None) or str(error)
@@ -87,6 +88,10 @@ class EventLog:
         self._listener.close()
         self._closing.set()
         self._thread.join(CLOSE_S)
+        if self._new and not self._thread.is_alive():  # of a run that did not begin
+            with contextlib.suppress(OSError):
+                if self.path.stat().st_size == 0:
+                    self.path.unlink()
 
     def _run(self) -> None:
         while True:

@@ -79,6 +79,7 @@ class ModelChoice:
         self._open, self._judge = open_detector, judge
         self._score, self._gate_percent, self._trial_s = score, gate_percent, trial_s
         self._current = loop.detector.path.name
+        self._loaded = _state(loop.detector.path)
         self._busy: str | None = None
         self._phase = ""
         self._error: str | None = None
@@ -96,11 +97,11 @@ class ModelChoice:
         """Returns what there is to choose from and how it goes, JSON-ready."""
         models = []
         for name, path in self._store.files().items():
-            try:
-                size = path.stat().st_size
-            except OSError:
+            state = _state(path)
+            if state is None:
                 continue  # removed a moment ago
-            models.append({"name": name, "bytes": size, "current": name == self._current})
+            current = name == self._current and state == self._loaded  # not one put in its place
+            models.append({"name": name, "bytes": state[0], "current": current})
         return {
             "current": self._current,
             "busy": self._busy,
@@ -176,6 +177,7 @@ class ModelChoice:
         """Changes to a model; returns what there is to tell."""
         self._try_out(path)
         self._phase = "loading"
+        loaded = _state(path)
         detector = self._open(path)
         self._phase = "comparing"
         seen = self._gate(detector)
@@ -188,6 +190,7 @@ class ModelChoice:
         if detector.spec.classes != self._loop.detector.spec.classes:
             self._loop.live.controls.classes = None  # a filter of names that are not known now
         trial = self._loop.handover.swap(new, TRIAL_FRAMES)
+        before, self._loaded = self._loaded, loaded
         self._current = name
         until = time.monotonic() + self._trial_s
         while not trial.done.wait(0.05) and time.monotonic() < until:
@@ -198,7 +201,7 @@ class ModelChoice:
             trial.done.wait(self._trial_s)
         self._loop.handover.settle(trial)
         if trial.error is not None:
-            self._current = trial.old.detector.path.name
+            self._current, self._loaded = trial.old.detector.path.name, before
             new.accuracy.close()
             message = f"rolled back, it failed while it ran: {trial.error}"
             raise ModelFileError(message)
@@ -211,14 +214,13 @@ class ModelChoice:
         Raises:
             ModelFileError: It is no usable model.
         """
-        try:
-            stat = path.stat()
-        except OSError as error:
-            message = f"{path.name}: expected a file, found none ({error.strerror})"
-            raise ModelFileError(message) from error
-        key = (path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        state = _state(path)
+        if state is None:
+            message = f"{path.name}: expected a file, found none; it was removed"
+            raise ModelFileError(message)
+        key = (path.name, *state)
         if key not in self._tried:
-            trial_run(path, stop=self._closed)
+            trial_run(path, engine=self._loop.detector.engine, stop=self._closed)
             self._tried.add(key)
 
     def _gate(self, new: OnnxDetector) -> str:
@@ -274,3 +276,12 @@ class ModelChoice:
             return self._judge(detector)
         except EdgeSightError as error:
             return NoAccuracy(str(error))
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Returns size, time and number of a file: another one in its place has others."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -86,6 +86,7 @@ class Services:
             self._live, args.host, args.port, token, models=models, recorder=recorder
         )
         self._stack.callback(server.stop)
+        self._stack.callback(models.close)  # first: the page waits for the file that is being tried
         self._loop.add_figures(lambda figures: self._look_after(server, figures))
         here = announce(server.url, args.host, token, say, out)
         if not args.no_browser and has_desktop():
@@ -112,6 +113,21 @@ class Services:
 
         self._loop.add_figures(tell)
         return window
+
+    def without_effect(self) -> list[str]:
+        """Returns a line for each option that says something of what this run does not have."""
+        args = self._args
+        page, window = args.display in ("web", "both"), args.display in ("window", "both")
+        missing = {
+            "--fullscreen": args.fullscreen and not window and "a window: --display window",
+            "--models": args.models is not None and not page and "a page: --display web",
+            "--recordings": args.recordings is not None and not page and "a page: --display web",
+            "--plain": args.plain and not (page or window) and "a picture: --display web",
+            "--recordings-webm": args.recordings_webm
+            and args.recordings is None
+            and "--recordings FOLDER",
+        }
+        return [f"{name} has no effect without {what}" for name, what in missing.items() if what]
 
     def _check(self) -> None:
         """Refuses what could only fail later, or would have no effect."""

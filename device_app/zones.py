@@ -1,8 +1,7 @@
 """Zones of the picture: what is inside, what comes and what goes.
 
-An object is where its feet are: in the middle of its box's bottom edge. A zone is a piece of the
-ground, and that point alone is on it; the rest of a tall box covers what lies behind. Frigate
-decides by it, too (its documentation, "Zones"), as does supervision's ``PolygonZone`` by default.
+An object is where its feet are, in the middle of its box's bottom edge (so for Frigate, and for
+supervision's ``PolygonZone`` by default): the rest of a tall box covers what lies behind.
 """
 
 from __future__ import annotations
@@ -186,15 +185,15 @@ class Zones:
         """Starts with nobody inside."""
         self.zones = tuple(zones)
         names = [zone.name for zone in self.zones]
-        for name in names:
-            if names.count(name) > 1:
-                message = f"expected zones of different names, found two {name!r}; rename one"
-                raise InputError(message)
+        for name in (n for n in names if names.count(n) > 1):
+            message = f"expected zones of different names, found two {name!r}; rename one"
+            raise InputError(message)
         self._captions = [_caption(name, i) for i, name in enumerate(names, 1)]
         # By track and class: a model that was swapped in may use a number again.
         self._stays: list[dict[tuple[int, str], _Stay]] = [{} for _ in names]
         self._now_s = -math.inf
         self._counts: dict[str, dict[str, int]] = {name: {} for name in names}
+        self._warned: tuple[tuple[str, ...], list[str]] | None = None
 
     def update(
         self,
@@ -263,14 +262,16 @@ class Zones:
 
     def warnings(self, classes: Sequence[str]) -> list[str]:
         """Returns one line for each class that a zone asks for and the model does not know."""
+        if self._warned is not None and self._warned[0] == tuple(classes):
+            return list(self._warned[1])  # asked for with every look at the figures
         lines = []
         for zone in self.zones:
-            for name in zone.classes or ():
-                if name not in classes:
-                    near = difflib.get_close_matches(name, classes, 1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
-                    lines.append(f"zone {zone.name!r}: the model knows no {name!r}{hint}")
-        return lines
+            for name in (n for n in zone.classes or () if n not in classes):
+                near = difflib.get_close_matches(name, classes, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                lines.append(f"zone {zone.name!r}: the model knows no {name!r}{hint}")
+        self._warned = (tuple(classes), lines)
+        return lines[:]
 
     def draw(self, image: Image) -> None:
         """Draws the outlines with names and counts.

@@ -24,12 +24,15 @@ MEMORY_MAX = 6 << 30
 """Of addresses, in bytes; ONNX Runtime reserves more than it uses."""
 NICENESS = 10
 POLL_S = 0.2
+TRIED = ("onnxruntime", "openvino")
+CPU = "onnxruntime"  # of engines.py, which loads much
 
 
 def trial_run(
     path: Path,
     *,
     head: str | None = None,
+    engine: str = CPU,
     time_max_s: float = TIME_MAX_S,
     stop: threading.Event | None = None,
 ) -> None:
@@ -38,13 +41,16 @@ def trial_run(
     Args:
         path: The ONNX file.
         head: Where its file does not tell.
+        engine: Of ``engines.ENGINES``. One of a graphics card is not tried: it reserves more
+            addresses than a trial may have, and the card is the run's; ONNX Runtime stands in.
         time_max_s: Seconds that this may take.
         stop: Ends it at once when set.
 
     Raises:
         ModelFileError: It cannot be used: what is wrong with it, or how its process ended.
     """
-    command = [sys.executable, "-m", __name__, str(Path(path).absolute()), head or ""]
+    engine = engine if engine in TRIED else CPU
+    command = [sys.executable, "-m", __name__, str(Path(path).absolute()), head or "", engine]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
         # A session of its own: Ctrl-C is not meant for it.
@@ -95,7 +101,7 @@ def _environment() -> dict[str, str]:
 
 def main(words: list[str]) -> int:
     """Tries the model that the words name; prints one JSON object with what is wrong."""
-    path, head = words
+    path, head, engine = words
     os.nice(NICENESS)
     with contextlib.suppress(OSError):  # if memory is short, rather this process than the loop's
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -113,7 +119,7 @@ def main(words: list[str]) -> int:
         if _names_other_files(Path(path)):
             message = f"{path}: expected a model in one file, found weights in others; export it so"
             raise ModelFileError(message)
-        detector = OnnxDetector(path, head=head or None)
+        detector = OnnxDetector(path, head=head or None, engine=engine)
         size = (*detector.spec.input_hw, 3)
         random = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
         for picture in (random, np.full(size, 255, np.uint8)):  # not black alone

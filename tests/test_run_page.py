@@ -140,12 +140,29 @@ def test_web_run_serves_a_page_until_ctrl_c(tiny: str) -> None:
     assert "Traceback" not in err
 
 
-def test_chosen_port_in_use_is_one_line(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_chosen_port_in_use_is_one_line(
+    tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events = str(tmp_path / "events.jsonl")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code = main(["run", "--model", tiny, "--port", port, "--no-browser"])
+        code = main(["run", "--model", tiny, "--port", port, "--no-browser", "--events", events])
     err = capfd.readouterr().err
     assert code == 2
     assert err.startswith("edgesight: error: ")
     assert err.count("\n") == 1
     assert port in err
+    assert list(tmp_path.glob("events*")) == [], "of a run that did not begin"
+
+
+def test_an_option_without_effect_is_told(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--fullscreen", "--recordings", str(tmp_path / "rec"), "--plain"]
+    asked = ["run", "--model", tiny, "--display", "none", "--frames", "2", "--reference", "none"]
+    assert main([*asked, *words]) == 0
+    out = capsys.readouterr().out
+    for name in ("--fullscreen", "--recordings", "--plain"):
+        assert f"note: {name} has no effect without" in out
+    assert main(asked) == 0
+    assert "has no effect" not in capsys.readouterr().out

@@ -237,6 +237,7 @@ def test_a_class_that_the_model_does_not_know_is_a_warning() -> None:
         "zone 'dogs': the model knows no 'persn'; did you mean 'person'?"
     ]
     assert len(zones.warnings(("tile",))) == 2
+    assert zones.warnings(("dog", "persn")) == []
 
 
 def test_a_swapped_model_lets_the_old_objects_leave() -> None:
