@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (".deploy.inspect", "parameters, MACs, size, and what really runs as integers"),
     "cost": (".deploy.cost", "count instructions per frame on a Raspberry Pi's core, emulated"),
     "bench": (".device_app.bench", "time every stage, and the pipeline against the bare network"),
+    "bundle": (
+        ".deploy.bundle_command",
+        "pack a model, photos and wheels for a board into one checked file",
+    ),
     "fetch": (".deploy.fetch", "download a known detector, checked by its SHA-256"),
 }
 EXIT_CODES = (
