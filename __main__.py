@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (".deploy.inspect", "parameters, MACs, size, and what really runs as integers"),
     "cost": (".deploy.cost", "count instructions per frame on a Raspberry Pi's core, emulated"),
     "bench": (".device_app.bench", "time every stage, and the pipeline against the bare network"),
+    "doctor": (".deploy.doctor", "what is wrong with this board, and the command that mends it"),
     "bundle": (
         ".deploy.bundle_command",
         "pack a model, photos and wheels for a board into one checked file",
