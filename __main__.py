@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cost": (".deploy.cost", "count instructions per frame on a Raspberry Pi's core, emulated"),
     "bench": (".device_app.bench", "time every stage, and the pipeline against the bare network"),
     "doctor": (".deploy.doctor", "what is wrong with this board, and the command that mends it"),
+    "regress": (".deploy.regress", "pass or fail for a new model against the last good one"),
     "bundle": (
         ".deploy.bundle_command",
         "pack a model, photos and wheels for a board into one checked file",

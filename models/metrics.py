@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from .dataset import GroundTruth
 from .detections import BoolArray, Detections, IntArray
+from .resampling import class_ap
 
 DoubleArray = npt.NDArray[np.float64]
 
 IOUS: DoubleArray = np.linspace(0.5, 0.95, 10)
-RECALLS: DoubleArray = np.linspace(0, 1, 101)
 PER_PHOTO_MAX = 100
 AREAS: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
@@ -32,8 +32,6 @@ AREAS: dict[str, tuple[float, float]] = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-CHUNK = 125
-"""So many resamples are worked on at a time; keeps the working set within a few tens of MB."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def evaluate(table: MatchTable) -> ApResult:
     """Returns average precision over all photos of the table."""
     once = np.ones((1, table.photos), np.int64)
     by_area = {
-        name: 100 * _class_ap(table, once, area)[0] for area, name in enumerate(AREAS)
+        name: 100 * class_ap(table, once, area)[0] for area, name in enumerate(AREAS)
     }  # each (classes, thresholds)
     whole = by_area["all"]
     return ApResult(
@@ -247,61 +245,8 @@ def resampled_ap(table: MatchTable, weights: IntArray) -> DoubleArray:
     Returns:
         float64 ``(resamples,)``; NaN where a resample has no true box.
     """
-    ap = [
-        _mean(one)
-        for i in range(0, len(weights), CHUNK)
-        for one in 100 * _class_ap(table, weights[i : i + CHUNK], 0)
-    ]
-    return np.array(ap, np.float64)
-
-
-def _class_ap(table: MatchTable, weights: IntArray, area: int) -> DoubleArray:
-    """Returns AP 0..1 as float64 ``(resamples, classes, thresholds)``; NaN without true boxes.
-
-    A photo taken k times is k equal photos: a detection's copies follow one another, so precision
-    need only be known after the last of them, and only where a hit raises recall.
-    """
-    resamples = len(weights)
-    out = np.full((resamples, len(table.classes), len(IOUS)), np.nan)
-    truths = weights @ table.truths[area].T
-    by_photo = np.ascontiguousarray(weights.T)
-    for c in range(len(table.classes)):
-        total = truths[:, c]
-        if not total.any():
-            continue
-        mine = slice(table.starts[c], table.starts[c + 1])
-        taken = by_photo[table.photo[mine]].astype(np.float64)  # (detections, resamples)
-        counted, hit = table.counted[area][:, mine], table.hit[area][:, mine]
-        alike = bool((counted == counted[0]).all())  # without crowds, at every threshold
-        if alike:
-            all_so_far = np.cumsum(taken * counted[0][:, None], axis=0)
-        for t in range(len(IOUS)):
-            at = np.flatnonzero(hit[t])
-            if not alike:
-                all_so_far = np.cumsum(taken * counted[t][:, None], axis=0)
-            hits = np.cumsum(taken[at], axis=0)
-            out[:, c, t] = _average_precision(hits, all_so_far[at], total)
-        out[total == 0, c] = np.nan
-    return out
-
-
-def _average_precision(
-    hits: DoubleArray, both: DoubleArray, total: npt.NDArray[np.int64]
-) -> DoubleArray:
-    """Returns AP 0..1, ``(resamples,)``, from running counts at each hit.
-
-    Args:
-        hits: ``(hits, resamples)``: true positives so far.
-        both: ``(hits, resamples)``: detections so far.
-        total: ``(resamples,)``: true boxes.
-    """
-    precision = hits / np.maximum(both, 1)
-    precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    recall = hits / np.maximum(total, 1)
-    reached = np.searchsorted(RECALLS, recall, side="right")
-    steps = np.diff(reached, axis=0, prepend=0)
-    result: DoubleArray = np.einsum("hr,hr->r", precision, steps.astype(np.float64))
-    return result / len(RECALLS)
+    ap = 100 * class_ap(table, weights)
+    return np.array([_mean(one) for one in ap], np.float64)
 
 
 def _match(
